@@ -1,0 +1,79 @@
+"""Same-subject multi-relation editing (S2RKE, arXiv 2502.06868), in its own schema with questions added.
+
+A file holds `records`, one a subject, and `instruct_templates`, pairs of a system message and a user message with `{q}`. Of a fact
+`requested_rewrite` and `edit_question` may be used while editing; everything else is for evaluation alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rose_engine.edits import Edit
+
+
+class DataError(ValueError):
+    """A data file that cannot be used; the message names file and record."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fact to edit and what it is evaluated with. Neighbours are (prompt about another subject, its true answer)."""
+
+    edit: Edit
+    paraphrases: tuple[str, ...]
+    questions: tuple[str, ...]
+    neighbours: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class SubjectCases:
+    """A subject and its facts."""
+
+    name: str
+    cases: tuple[Case, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """subjects, and the instructions in which questions are asked: (system message, text before and after the question)."""
+
+    subjects: tuple[SubjectCases, ...]
+    instructions: tuple[tuple[str, str, str], ...]
+
+
+def load(path: str | Path, limit: int | None = None) -> Dataset:
+    """Read a file of this schema. DataError names the record that does not fit; OSError where it cannot be read."""
+    try:
+        data = json.loads(Path(path).read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: is not JSON: {e}") from e
+    if not isinstance(data, dict) or not isinstance(data.get("records"), list) or not isinstance(data.get("instruct_templates"), list):
+        raise DataError(f"{path}: must be an object with the lists `records` and `instruct_templates`")
+    instructions = []
+    for system, user in data["instruct_templates"]:
+        before, found, after = user.partition("{q}")
+        if not found:
+            raise DataError(f"{path}: an instruction template has no {{q}}: {user!r}")
+        instructions.append((system, before, after))
+    subjects = []
+    for number, record in enumerate(data["records"][:limit], 1):
+        try:
+            subjects.append(_subject(record, f"{path}: record {number}"))
+        except (KeyError, TypeError) as e:
+            raise DataError(f"{path}: record {number} lacks or misuses the field {e}") from e
+    if not subjects:
+        raise DataError(f"{path}: holds no records")
+    return Dataset(tuple(subjects), tuple(instructions))
+
+
+def _subject(record: dict, source: str) -> SubjectCases:
+    name = record["subject"]["name"]
+    cases = []
+    for fact in record["Star_Topology"]:
+        rewrite = fact["requested_rewrite"]
+        edit = Edit(name, rewrite["prompt"], rewrite["target_new"], fact.get("edit_question"), rewrite["relation"], source=source)
+        neighbours = tuple(zip(fact["neighborhood_prompts"], fact["neighborhood_targets"], strict=False))
+        cases.append(Case(edit, tuple(fact["paraphrase_prompts"]), tuple(fact["question_prompts"]), neighbours))
+    return SubjectCases(name, tuple(cases))

@@ -1,0 +1,103 @@
+"""Metrics of an edited model (method.md section 4), by plain forward passes of the model: no engine code.
+
+A probe is a text and the answer that is wanted after it. Teacher-forced success is the share of the answer's tokens that are the
+argmax; the prediction itself, the argmax tokens, is compared with the unedited model's for locality.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# Tokens of the longest batch that is evaluated at a time; it bounds the logits in memory.
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A text, the answer wanted after it, and whether the text was rendered by a chat template."""
+
+    text: str
+    answer: str
+    chat: bool = False
+
+
+def plain_probe(prompt: str, answer: str) -> Probe:
+    """A statement and its continuation."""
+    prompt = prompt.rstrip()
+    return Probe(prompt, f" {answer.strip()}")
+
+
+def chat_probe(tokenizer, system: str, before: str, question: str, after: str, answer: str) -> Probe:
+    """A question within an instruction, in the model's chat template (or as plain lines where it has none)."""
+    user = f"{before}{question}{after}"
+    if not tokenizer.chat_template:
+        return Probe(f"{system}\n{user}\nAnswer:", f" {answer.strip()}")
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return Probe(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), answer.strip(), chat=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """success: share of the answer's tokens that are the argmax. said: the argmax tokens in the answer's place."""
+
+    success: float
+    said: tuple[int, ...]
+
+
+def _tokens(tokenizer, probe: Probe) -> tuple[list[int], list[int]]:
+    context = tokenizer(probe.text, add_special_tokens=not probe.chat)["input_ids"]
+    answer = tokenizer(probe.answer, add_special_tokens=False)["input_ids"]
+    return context, answer
+
+
+@torch.no_grad()
+def teacher_forced(model, tokenizer, probes: Sequence[Probe]) -> list[Outcome]:
+    """Read every probe with its answer given."""
+    coded = [_tokens(tokenizer, probe) for probe in probes]
+    outcomes: list[Outcome | None] = [None] * len(probes)
+    order = sorted(range(len(probes)), key=lambda i: -sum(map(len, coded[i])))
+    while order:
+        width = sum(map(len, coded[order[0]]))
+        batch, order = order[: max(1, BATCH_TOKENS // width)], order[max(1, BATCH_TOKENS // width) :]
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):
+            tokens = coded[i][0] + coded[i][1]
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        head = model.get_output_embeddings()
+        for row, i in enumerate(batch):
+            context, answer = coded[i]
+            place = slice(len(context) - 1, len(context) + len(answer) - 1)
+            said = head(hidden[row, place]).argmax(-1).tolist()
+            outcomes[i] = Outcome(sum(s == a for s, a in zip(said, answer, strict=True)) / len(answer), tuple(said))
+    return outcomes
+
+
+@torch.no_grad()
+def generate(model, tokenizer, texts: Sequence[str], max_new_tokens: int = 24, chat: bool = True) -> list[str]:
+    """Greedy continuations of texts, special tokens left out."""
+    coded = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
+    width = max(map(len, coded))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(c)) + c for c in coded], device=model.device)
+    mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in coded], device=model.device)
+    said = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    return tokenizer.batch_decode(said[:, width:], skip_special_tokens=True)
+
+
+def normalise(text: str) -> str:
+    """Lower case without punctuation, articles and doubled spaces."""
+    text = "".join(" " if c in string.punctuation else c for c in text.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def contains(text: str, answer: str) -> bool:
+    """Whether the normalised answer stands in the normalised text, as whole words."""
+    return f" {normalise(answer)} " in f" {normalise(text)} "

@@ -1,0 +1,124 @@
+"""Quality of edits on same-subject data: each subject is edited alone, measured, and taken back.
+
+    python -m bench.quality --data same_subject_dev.json --model smollm2 --recipes vanilla,rose --subjects 20 --json -
+
+Metrics, in percent (the paper's Appendix D.2). Teacher-forced: efficacy with the edit's prompt, paraphrase with other statements, instructed
+with unseen questions in unseen instructions. instructed_generated: greedy answers of at most 24 tokens that hold the target. locality,
+locality_instructed: share of prompts about other subjects whose argmax answer is the unedited model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from rose_engine import ROSE, Editor, Recipe
+
+from bench.datasets.s2rke import Dataset, SubjectCases, load
+from bench.metrics import Outcome, Probe, chat_probe, contains, generate, plain_probe, teacher_forced
+
+METRICS = ("efficacy", "paraphrase", "instructed", "instructed_generated", "locality", "locality_instructed")
+
+
+def probes_of(tokenizer, subject: SubjectCases, data: Dataset) -> dict[str, list[Probe]]:
+    """The probes of a subject by metric."""
+    asked = lambda q, a: [chat_probe(tokenizer, system, before, q, after, a) for system, before, after in data.instructions]  # noqa: E731
+    probes: dict[str, list[Probe]] = {"efficacy": [], "paraphrase": [], "instructed": [], "locality": [], "locality_instructed": []}
+    for case in subject.cases:
+        target = case.edit.target
+        probes["efficacy"].append(plain_probe(case.edit.prompt.replace("{}", subject.name), target))
+        probes["paraphrase"] += (plain_probe(p, target) for p in case.paraphrases)
+        for question in case.questions:
+            probes["instructed"] += asked(question, target)
+        for prompt, answer in case.neighbours:
+            probes["locality"].append(plain_probe(prompt, answer))
+            probes["locality_instructed"] += asked(prompt, answer)
+    return probes
+
+
+def read(editor: Editor, probes: dict[str, list[Probe]]) -> dict[str, list[Outcome]]:
+    """Outcomes of all probes, read together."""
+    together = [probe for group in probes.values() for probe in group]
+    outcomes = iter(teacher_forced(editor.model, editor.tokenizer, together))
+    return {metric: [next(outcomes) for _ in group] for metric, group in probes.items()}
+
+
+def score(editor: Editor, probes: dict[str, list[Probe]], unedited: dict[str, list[Outcome]]) -> dict[str, list[float]]:
+    """Every metric's values, one a probe, of the model as it is now."""
+    now = read(editor, probes)
+    values = {metric: [o.success for o in now[metric]] for metric in ("efficacy", "paraphrase", "instructed")}
+    asked = probes["instructed"]
+    answers = generate(editor.model, editor.tokenizer, [p.text for p in asked], chat=asked[0].chat)
+    values["instructed_generated"] = [float(contains(said, p.answer)) for said, p in zip(answers, asked, strict=True)]
+    for metric in ("locality", "locality_instructed"):
+        values[metric] = [float(a.said == b.said) for a, b in zip(now[metric], unedited[metric], strict=True)]
+    return values
+
+
+def evaluate(
+    editor: Editor, data: Dataset, recipes: dict[str, Recipe | None], note: Callable[[str], None] = lambda line: None
+) -> dict[str, dict[str, list[float]]]:
+    """recipe -> metric -> one mean a subject. A recipe None leaves the model as it is."""
+    results: dict[str, dict[str, list[float]]] = {name: {metric: [] for metric in METRICS} for name in recipes}
+    for number, subject in enumerate(data.subjects, 1):
+        probes = probes_of(editor.tokenizer, subject, data)
+        unedited = read(editor, probes)
+        for name, recipe in recipes.items():
+            began = time.perf_counter()
+            result = editor.apply([case.edit for case in subject.cases], recipe=recipe, verify=False) if recipe else None
+            took = time.perf_counter() - began
+            values = score(editor, probes, unedited)
+            if result:
+                editor.revert(result)
+            for metric in METRICS:
+                results[name][metric].append(fmean(values[metric]))
+            shown = " ".join(f"{metric} {100 * fmean(values[metric]):.0f}" for metric in METRICS)
+            note(f"{number}/{len(data.subjects)} {name}: {shown}, {took:.1f} s")
+    return results
+
+
+def percent(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """Means over subjects in percent."""
+    return {name: {metric: round(100 * fmean(values), 2) for metric, values in metrics.items()} for name, metrics in results.items()}
+
+
+def recipes_of(names: str, editor: Editor) -> dict[str, Recipe | None]:
+    """The recipes of a comma-separated list: `vanilla` (no edit), `rose` (the model's preset), `rose_paper` (the paper's settings)."""
+    known = {"vanilla": None, "rose": editor.recipe, "rose_paper": ROSE}
+    unknown = [name for name in names.split(",") if name not in known]
+    if unknown:
+        raise SystemExit(f"unknown recipe {unknown[0]!r}; known are {', '.join(known)}")
+    return {name: known[name] for name in names.split(",")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a same-subject file (S2RKE schema)")
+    parser.add_argument("--model", default="smollm2", help="Hugging Face id, folder, or smollm2")
+    parser.add_argument("--recipes", default="vanilla,rose", help="vanilla, rose, rose_paper; separated by commas")
+    parser.add_argument("--subjects", type=int, default=20, help="how many subjects of the file, from its start")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16 or float16; default: the checkpoint's")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", default=None, metavar="FILE", help="write the result as JSON, - for standard output")
+    args = parser.parse_args(argv)
+    editor = Editor.from_pretrained(args.model, dtype=args.dtype, device=args.device)
+    data = load(args.data, args.subjects)
+    table = percent(evaluate(editor, data, recipes_of(args.recipes, editor), lambda line: print(line, file=sys.stderr, flush=True)))
+    if args.json == "-":
+        print(json.dumps(table))
+    elif args.json:
+        Path(args.json).write_text(json.dumps(table, indent=1) + "\n")
+    else:
+        print(f"{'':12s}" + "".join(f"{metric:>22s}" for metric in METRICS))
+        for name, metrics in table.items():
+            print(f"{name:12s}" + "".join(f"{metrics[metric]:22.1f}" for metric in METRICS))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,113 @@
+"""Attention over packed tokens, by the library: how the engine's two layouts reach the model's own attention layers.
+
+transformers' `AttentionInterface` lets a decoder layer call a function of ours in place of its attention core; extra keyword arguments of
+the layer reach it, and so the layout travels. Two layouts exist: `TreeAttention` for a prefix tree, and `SuffixAttention` for suffixes
+over cached prefixes. Queries, keys and values arrive as [1, heads, N, head_dim], and the core runs in float32 on the CPU,
+where PyTorch's attention is slow in narrower types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from rose_engine.packing import Suffixes, Tree
+
+NAME = "rose"
+# Query rows whose mask and scores exist at one time in `TreeAttention`.
+QUERY_BLOCK = 512
+
+
+def _core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """softmax(scaling q k^T + mask) v for q [B, KV, G * Q, h] and k, v [B, KV, K, h]; mask boolean, true where allowed.
+
+    The query heads that share a key head lie along the query axis, so grouped-query attention repeats no keys.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+
+
+def _core_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
+class TreeAttention:
+    """Each node of the tree attends to itself and its ancestors. Keeps keys and values of the layers in `keep`.
+
+    nodes [N]: the tree's nodes that are run, in order; they hold every ancestor of each of them.
+    keys, values: layer -> [N, KV, h], for `SuffixAttention`.
+    """
+
+    def __init__(self, tree: Tree, nodes: Tensor, keep: range = range(0)):
+        self.nodes, self.end, self.keep = nodes, tree.end[nodes], keep
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        if layer in self.keep:
+            self.keys[layer], self.values[layer] = k[0].transpose(0, 1).contiguous(), v[0].transpose(0, 1).contiguous()
+        dtype = _core_dtype(q)
+        heads, kv = q.shape[1], k.shape[1]
+        k, v = k.to(dtype), v.to(dtype)
+        out = []
+        for block in range(0, q.shape[2], QUERY_BLOCK):
+            asker = self.nodes[block : block + QUERY_BLOCK, None]
+            mask = (self.nodes <= asker) & (asker < self.end)
+            part = q[:, :, block : block + QUERY_BLOCK].to(dtype)
+            part = part.reshape(1, kv, -1, q.shape[-1])
+            part = _core(part, k, v, mask.repeat(heads // kv, 1), scaling)
+            out.append(part.reshape(1, heads, -1, v.shape[-1]))
+        return torch.cat(out, dim=2).transpose(1, 2).to(q.dtype)
+
+
+class SuffixAttention:
+    """The tokens of each suffix attend to their row's cached prefix and, causally, to the suffix itself.
+
+    keys, values: layer -> [B, KV, longest prefix, h], copied out of the tree once; the step reads them and nothing else of
+    the prefix.
+    """
+
+    def __init__(self, suffixes: Suffixes, tree: TreeAttention, tree_place: Tensor):
+        s = suffixes
+        self.suffixes = s
+        place = tree_place[s.prefix]
+        self.keys = {layer: k[place].transpose(1, 2).to(_core_dtype(k)).contiguous() for layer, k in tree.keys.items()}
+        self.values = {layer: v[place].transpose(1, 2).to(_core_dtype(v)).contiguous() for layer, v in tree.values.items()}
+        column = torch.arange(s.prefix.shape[1], device=s.node.device)
+        query = torch.arange(s.pad.shape[1], device=s.node.device)
+        seen = (column < s.prefix_length[:, None])[:, None, :].expand(-1, len(query), -1)
+        causal = (query[None, :] <= query[:, None]).expand(len(s.row), -1, -1)
+        self.mask = torch.cat([seen, causal], dim=2)[:, None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        s, dtype = self.suffixes, _core_dtype(q)
+        heads, kv, width = q.shape[1], k.shape[1], s.pad.shape[1]
+        spread = lambda x: x[0][:, s.pad].transpose(0, 1).to(dtype)  # noqa: E731  [B, heads, longest, h]
+        keys = torch.cat([self.keys[layer], spread(k)], dim=2)
+        values = torch.cat([self.values[layer], spread(v)], dim=2)
+        query = spread(q).reshape(len(s.row), kv, -1, q.shape[-1])
+        out = _core(query, keys, values, self.mask.repeat(1, 1, heads // kv, 1), scaling)
+        out = out.reshape(len(s.row), heads, width, -1).transpose(1, 2).flatten(0, 1)[s.flat]
+        return out[None].to(q.dtype)
+
+
+def _attend(module: nn.Module, query, key, value, attention_mask, scaling, rose, **kwargs):
+    return rose(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register(NAME, _attend)
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the model's attention layers call the engine's layouts; afterwards what they called before."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before

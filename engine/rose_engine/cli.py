@@ -1,0 +1,188 @@
+"""The command line: `rose edit`, `rose demo`, `rose env`.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+app = typer.Typer(
+    help="Edit facts inside causal language models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hugging Face id, local folder, or smollm2 (embedded).")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+
+
+@contextmanager
+def progress_on_terminal(what: str) -> Iterator[Any]:
+    """A progress callback for `Editor.apply`: a live line on a terminal, a line every tenth step elsewhere."""
+    if not errors.is_terminal:
+
+        def lines(done: int, subjects: int, step: int, loss: float) -> None:
+            if step % 10 == 0:
+                print(f"{what}: subjects done {done}/{subjects}, step {step}, loss {loss:.3f}", file=sys.stderr, flush=True)
+
+        yield lines
+        return
+    columns = [TextColumn("{task.description}"), TextColumn("{task.fields[state]}"), TimeElapsedColumn()]
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(what, state="", total=None)
+        yield lambda done, subjects, step, loss: bar.update(task, state=f"subjects {done}/{subjects}, step {step}, loss {loss:.3f}")
+
+
+def load_editor(model: str, dtype: str | None, device: str):
+    """The editor of a model, said on standard error."""
+    from rose_engine.editor import Editor
+
+    errors.print(f"loading {model}", markup=False)
+    return Editor.from_pretrained(model, dtype=dtype, device=device)
+
+
+@app.command()
+def edit(
+    edits: Annotated[str, typer.Option("--edits", "-e", help="JSONL, JSON or CSV file of edits; - reads standard input.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for delta.safetensors and report.json.")],
+    model: ModelOption = "smollm2",
+    format: Annotated[str | None, typer.Option(help="jsonl, json or csv; default: by the file's name.")] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
+) -> None:
+    """Write edits into a model, verify them, and save the change as a delta."""
+    from rose_engine.edits import read_edits
+    from rose_engine.files import replacing
+
+    facts = read_edits(edits, format)
+    editor = load_editor(model, dtype, device)
+    with progress_on_terminal("optimising") as progress:
+        result = editor.apply(facts, progress=progress)
+    result.delta.save(out / "delta.safetensors")
+    record = {"seconds": result.seconds, "steps": result.steps, "loss": result.loss, **result.report.as_dict()}
+    with replacing(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    if as_json:
+        print(json.dumps(record, ensure_ascii=False))
+        return
+    print_report(result.report)
+    errors.print(f"{sum(result.seconds.values()):.1f} s; wrote {out / 'delta.safetensors'}", markup=False)
+
+
+def print_report(report) -> None:
+    """The verification as a table on standard output."""
+    table = Table("fact", "target", "prompt", "asked", "says when asked", title="share of target tokens, before → after")
+    for fact in report.facts:
+        prompt = f"{fact.prompt_before.success:.0%} → {fact.prompt_after.success:.0%}"
+        asked = f"{fact.instructed_before.success:.0%} → {fact.instructed_after.success:.0%}"
+        statement = fact.prompt.replace("{}", fact.subject)
+        table.add_row(*map(_plain, (statement, fact.target, prompt, asked, fact.instructed_after.says.strip())))
+    console = Console(highlight=False)
+    console.print(table)
+    stayed = sum(u.stayed for u in report.unrelated)
+    console.print(f"unrelated prompts that kept their answer: {stayed} of {len(report.unrelated)}")
+
+
+def _plain(text: str):
+    from rich.text import Text
+
+    return Text(text)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for delta.safetensors and report.json.")] = Path("demo-out"),
+    model: ModelOption = "smollm2",
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Edit four facts of Imo State, ask about them, take the edit back, load it from its file."""
+    from rose_engine.demo import run
+
+    editor = load_editor(model, dtype, device)
+    with progress_on_terminal("optimising") as progress:
+        record = run(editor, lambda: load_editor(model, dtype, device), out, progress)
+    if not (record["restored_bit_exact"] and record["loaded_answers_agree"]):
+        errors.print("the edit was not taken back exactly, or its file gives other answers", style="red")
+        raise typer.Exit(1)
+
+
+@app.command()
+def env() -> None:
+    """Show versions, devices, and what serves each operator."""
+    import torch
+    import transformers
+
+    from rose_engine import embedded
+    from rose_engine.editor import versions
+    from rose_engine.files import cache_dir
+    from rose_kernels.backend import backends
+
+    try:
+        model = str(embedded.find_gguf())
+    except embedded.MissingModelError as e:
+        model = str(e)
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    rows = {
+        "rose-edit": versions()["rose-edit"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "CPU threads": str(torch.get_num_threads()),
+        "CUDA devices": ", ".join(devices) or "none",
+        "cache": str(cache_dir()),
+        "embedded model": model,
+    }
+    for name, value in rows.items():
+        print(f"{name:16s} {value}")
+    for operator, served in backends().items():
+        print(f"{operator:16s} {', '.join(f'{device}: {name}' for device, name in served.items())}")
+
+
+def main() -> None:
+    """Run the command line and turn what went wrong into a message and an exit code."""
+    from rose_engine.architecture import UnsupportedModelError
+    from rose_engine.delta import DeltaError
+    from rose_engine.edits import EditError
+    from rose_engine.embedded import MissingModelError
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    _quiet_library()
+    try:
+        app()
+    except (EditError, DeltaError, UnsupportedModelError, MissingModelError, FileNotFoundError) as e:
+        errors.print(f"error: {e}", style="red", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing was written")
+        sys.exit(130)
+    except (OSError, ValueError, ArithmeticError, RuntimeError) as e:
+        logging.getLogger(__name__).debug("failed", exc_info=True)
+        errors.print(f"error: {e}", style="red", markup=False)
+        sys.exit(1)
+
+
+def _quiet_library() -> None:
+    from transformers.utils import logging as library
+
+    library.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

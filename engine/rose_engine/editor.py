@@ -1,0 +1,242 @@
+"""Editor: a model, a tokenizer, and the edits that are in it. The facade over the engine, and nothing more."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rose_engine import embedded
+from rose_engine.architecture import decoder_of
+from rose_engine.delta import FORMAT, Delta, DeltaError, fingerprint
+from rose_engine.edits import Edit, EditError, check_consistent, group_by_subject
+from rose_engine.optimize import Progress, optimize_values, subject_rows
+from rose_engine.recipe import Recipe, preset
+from rose_engine.verify import UNRELATED, Report, compare, snapshot
+from rose_engine.write import all_or_nothing, write_layers
+from rose_kernels.reference import add_low_rank_
+
+log = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `Editor.apply` did: the delta that was written, the verification (None where it was not asked for), seconds by stage
+    (optimise, write, verify), and for each subject, in order of first appearance, its Adam steps and last mean loss."""
+
+    delta: Delta
+    report: Report | None
+    seconds: dict[str, float]
+    steps: list[int]
+    loss: list[float]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes an edit."""
+    found = {}
+    for package in ("rose-edit", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from the source tree
+            found[package] = "source tree"
+    return found
+
+
+class Editor:
+    """Edits facts of a causal language model in place and takes them back.
+
+    model: a loaded Hugging Face causal model of a family in `architecture.FAMILIES`; it is edited in place and stays usable as it is.
+    tokenizer: its fast tokenizer. recipe: None takes the preset of the model. UnsupportedModelError where the model is not
+    one the engine edits. The unedited tensors of the edited layers are kept on the host from the first edit on.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None = None):
+        if not tokenizer.is_fast:
+            raise ValueError("a fast tokenizer is needed: subjects are located by character offsets")
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.recipe = recipe or preset(model.config)
+        self.decoder = decoder_of(model)
+        self._base: dict[str, Tensor] = {}
+        self._base_record: dict[str, dict[str, Any]] = {}
+        self._applied: list[Delta] = []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        recipe: Recipe | None = None,
+        trust_remote_code: bool = False,
+    ) -> Editor:
+        """Load a model by Hugging Face id or local folder, or the embedded one by the name `smollm2`.
+
+        dtype: float32, bfloat16 or float16; None keeps the checkpoint's. MissingModelError, OSError, ValueError.
+        """
+        folder = str(embedded.embedded_model()) if name == embedded.NAME else name
+        if isinstance(dtype, str):
+            if dtype not in DTYPES:
+                raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, given {dtype!r}")
+            dtype = DTYPES[dtype]
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
+        return cls(model.to(device), tokenizer, recipe)
+
+    @property
+    def applied(self) -> tuple[Delta, ...]:
+        """The deltas that are in the weights, in the order in which they were written."""
+        return tuple(self._applied)
+
+    def apply(
+        self,
+        edits: Iterable[Edit],
+        *,
+        recipe: Recipe | None = None,
+        verify: bool = True,
+        unrelated: Sequence[str] = UNRELATED,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Write edits into the model: all of them, or none where an exception is raised.
+
+        verify: read the facts and the `unrelated` prompts before and after. EditError names an edit that cannot be used;
+        FloatingPointError where the optimisation diverges; ValueError where the weights' system cannot be solved.
+        """
+        edits, recipe = list(edits), recipe or self.recipe
+        if not edits:
+            raise EditError("there are no edits to apply")
+        if recipe.last_layer >= len(self.decoder.layers) - 1:
+            raise ValueError(f"layer {recipe.last_layer} cannot be edited: the model has {len(self.decoder.layers)} layers")
+        check_consistent(edits)
+        subjects = group_by_subject(edits)
+        plans = [subject_rows(self.decoder, self.tokenizer, subject, recipe) for subject in subjects]
+        clock = _Clock()
+        before = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
+        clock("verify")
+        values = optimize_values(self.decoder, plans, recipe, progress)
+        clock("optimise")
+        self._keep_base(recipe.layers)
+        rows = [row for plan in plans for row in plan.facts]
+        owner = [s for s, plan in enumerate(plans) for _ in plan.facts]
+        with all_or_nothing(self.weights(recipe.layers).values()):
+            factors = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe)
+            clock("write")
+            after = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
+            clock("verify")
+        report = compare(edits, unrelated, before, after) if before and after else None
+        metadata = {
+            "format": FORMAT,
+            "base": [self._base_record[name] for name in factors],
+            "edits": [edit.as_dict() for edit in edits],
+            "recipe": recipe.as_dict(),
+            "report": report.as_dict() if report else None,
+            "versions": versions(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        delta = Delta({name: (U.cpu(), V.cpu()) for name, (U, V) in factors.items()}, metadata)
+        self._applied.append(delta)
+        log.info("applied %d edits of %d subjects in %.2f s", len(edits), len(subjects), sum(clock.seconds.values()))
+        return Result(delta, report, clock.seconds, values.steps.tolist(), values.loss.tolist())
+
+    def load(self, delta: Delta) -> None:
+        """Write a delta, as made by `apply` on the same base, into the model. DeltaError where it belongs to another base."""
+        layers = self._check_base(delta)
+        with all_or_nothing(self.weights(layers).values()):
+            self._add(delta)
+        self._applied.append(delta)
+
+    def revert(self, edit: Result | Delta) -> None:
+        """Take one edit back: the weights get the bits that they would have had without it.
+
+        Base tensors are restored and the other edits written again in their order. ValueError where it is not in the weights.
+        """
+        delta = edit.delta if isinstance(edit, Result) else edit
+        place = next((i for i, applied in enumerate(self._applied) if applied is delta), None)
+        if place is None:
+            raise ValueError("this edit is not in the weights; `editor.applied` lists those that are")
+        rest = self._applied[:place] + self._applied[place + 1 :]
+        weights = self.weights()
+        with all_or_nothing(weights[name] for name in self._base):
+            for name, base in self._base.items():
+                weights[name].copy_(base)
+            for other in rest:
+                self._add(other)
+        self._applied = rest
+
+    def verify(self, edits: Sequence[Edit]) -> list[dict[str, Any]]:
+        """Read edits in the model as it is now: for each, probability and success with its prompt and instructed."""
+        now = snapshot(self.decoder, self.tokenizer, list(edits), ())
+        return [{"prompt": vars(p), "instructed": vars(i)} for p, i in zip(now.prompt, now.instructed, strict=True)]
+
+    def ask(self, question: str, *, system: str | None = None, max_new_tokens: int = 24) -> str:
+        """The model's greedy answer: in its chat template where it has one, else as a plain continuation."""
+        if not self.tokenizer.chat_template:
+            return self.complete(question if system is None else f"{system}\n\n{question}", max_new_tokens=max_new_tokens)
+        messages = [{"role": "user", "content": question}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        coded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        return self._continue(coded, max_new_tokens)
+
+    def complete(self, text: str, *, max_new_tokens: int = 24) -> str:
+        """The model's greedy continuation of a text."""
+        return self._continue(self.tokenizer(text, return_tensors="pt"), max_new_tokens)
+
+    @torch.no_grad()
+    def _continue(self, coded: Any, max_new_tokens: int) -> str:
+        ids, mask = coded["input_ids"].to(self.model.device), coded["attention_mask"].to(self.model.device)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        said = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+        return self.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+    def weights(self, layers: Iterable[int] | None = None) -> dict[str, Tensor]:
+        """The weights that may be edited, by state-dict name, live: of the given layers, or of all."""
+        layers = range(len(self.decoder.layers)) if layers is None else layers
+        return {self.decoder.weight_name(layer): self.decoder.projection(layer).weight.data for layer in layers}
+
+    def _keep_base(self, layers: Iterable[int]) -> None:
+        """Keep the unedited tensors of layers that are about to be edited for the first time."""
+        new = {name: weight.cpu().clone() for name, weight in self.weights(layers).items() if name not in self._base}
+        self._base.update(new)
+        self._base_record.update((record["name"], record) for record in fingerprint(new))
+
+    def _add(self, delta: Delta) -> None:
+        weights = self.weights()
+        for name, (U, V) in delta.factors.items():
+            add_low_rank_(weights[name], U.to(weights[name].device), V.to(weights[name].device))
+
+    def _check_base(self, delta: Delta) -> list[int]:
+        layer_of = {self.decoder.weight_name(layer): layer for layer in range(len(self.decoder.layers))}
+        for record in delta.metadata["base"]:
+            if record["name"] not in layer_of:
+                raise DeltaError(f"the delta edits `{record['name']}`, which this model does not have")
+        layers = [layer_of[record["name"]] for record in delta.metadata["base"]]
+        self._keep_base(layers)
+        for record in delta.metadata["base"]:
+            if self._base_record[record["name"]] != record:
+                ours = self._base_record[record["name"]]
+                what = next(k for k in ("shape", "dtype", "sha256") if ours[k] != record[k])
+                raise DeltaError(f"the delta belongs to another base: {what} of `{record['name']}` is {ours[what]}, not {record[what]}")
+        return layers
+
+
+class _Clock:
+    """Seconds by stage: each call adds the time since the last one to a stage."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now

@@ -1,0 +1,190 @@
+"""Edits: what a fact is, how edits are read from JSONL, JSON and CSV, and how they are grouped by subject.
+
+Everything that can be said about an edit without a model is checked here, and errors name the file and the line. What needs
+the tokenizer (can the subject be located, is the target empty) is checked by `forms`, which repeats the same place.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TextIO
+
+SLOT = "{}"
+REQUIRED = ("subject", "prompt", "target")
+FORMATS = ("jsonl", "json", "csv")
+
+
+class EditError(ValueError):
+    """An edit that cannot be used. The message starts with where it was read, for example `edits.jsonl:3`."""
+
+    def __init__(self, message: str, source: str | None = None):
+        super().__init__(f"{source}: {message}" if source else message)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One fact to write: `prompt` with the subject in place of `{}` is to be continued by `target`.
+
+    question: the same fact asked as a question; it names the subject (or holds `{}` in its place). It is used while editing.
+    relation, id: free labels, kept in reports and deltas. source: where the edit was read, for messages.
+    EditError where a field is missing, empty or of the wrong type, or where `{}` is not in the prompt exactly once.
+    """
+
+    subject: str
+    prompt: str
+    target: str
+    question: str | None = None
+    relation: str | None = None
+    id: str | None = None
+    source: str | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self):
+        for name in REQUIRED:
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise EditError(f"`{name}` must be a string, given {type(value).__name__}", self.source)
+            if not value.strip():
+                raise EditError(f"`{name}` is empty", self.source)
+        for name in ("question", "relation", "id"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise EditError(f"`{name}` must be a string or absent, given {type(value).__name__}", self.source)
+        slots = self.prompt.count(SLOT)
+        if slots != 1:
+            raise EditError(f"`prompt` must hold {{}} exactly once, where the subject goes; it holds {slots}", self.source)
+        if self.question is not None:
+            if not self.question.strip():
+                raise EditError("`question` is empty; leave it out instead", self.source)
+            slots = self.question.count(SLOT)
+            if slots > 1 or (slots == 0 and self.subject.strip() not in self.question):
+                raise EditError("`question` must name the subject word for word, or hold {} once in its place", self.source)
+
+    def as_dict(self) -> dict[str, str]:
+        """The fields that are set, as `read_edits` would read them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source" and getattr(self, f.name) is not None}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A subject and its facts, in the order in which they were given."""
+
+    name: str
+    edits: tuple[Edit, ...]
+
+
+KNOWN = tuple(f.name for f in fields(Edit) if f.name != "source")
+
+
+def edit_from_dict(record: object, source: str | None = None) -> Edit:
+    """One edit from a mapping. EditError for anything but a mapping with the known fields."""
+    if not isinstance(record, dict):
+        raise EditError(f"an edit is an object with {', '.join(REQUIRED)}; given {type(record).__name__}", source)
+    unknown = [str(k) for k in record if k not in KNOWN]
+    if unknown:
+        raise EditError(f"unknown field `{unknown[0]}`; known are {', '.join(KNOWN)}", source)
+    for name in REQUIRED:
+        if record.get(name) is None:
+            raise EditError(f"`{name}` is missing", source)
+    return Edit(**record, source=source)
+
+
+def read_edits(path: str | Path, format: str | None = None) -> list[Edit]:
+    """Read edits from a file, or from standard input where `path` is `-`.
+
+    format: jsonl, json (a list of objects) or csv (a header line with the field names); None takes it from the file's
+    name, and JSONL for standard input. The text is UTF-8. EditError names file and line; OSError where it cannot be read.
+    """
+    name = "<stdin>" if str(path) == "-" else str(path)
+    kind = format or (Path(name).suffix.lstrip(".").lower() if str(path) != "-" else "jsonl")
+    if kind not in FORMATS:
+        raise EditError(f"cannot tell the format of this file by its name; give one of {', '.join(FORMATS)}", name)
+    try:
+        text = (sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise EditError(f"is not UTF-8: byte {e.start}", name) from e
+    edits = list(parse_edits(io.StringIO(text, newline=""), kind, name))
+    if not edits:
+        raise EditError("holds no edits", name)
+    check_consistent(edits)
+    return edits
+
+
+def parse_edits(stream: TextIO, format: str, name: str) -> Iterator[Edit]:
+    """Yield the edits of an open text stream; `name` stands in the messages. Blank lines of JSONL and CSV are passed over."""
+    if format == "jsonl":
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                source = f"{name}:{number}"
+                yield edit_from_dict(_json(line, source, number), source)
+    elif format == "json":
+        records = _json(stream.read(), name)
+        if not isinstance(records, list):
+            raise EditError(f"holds {type(records).__name__}, not a list of edits; one object a line is JSONL", name)
+        for number, record in enumerate(records, 1):
+            yield edit_from_dict(record, f"{name}: edit {number}")
+    else:
+        yield from _parse_csv(stream, name)
+
+
+def _json(text: str, name: str, line: int | None = None) -> object:
+    """Parse JSON, refusing an object that says one key twice; errors name line and column."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        keys = [k for k, _ in pairs]
+        repeated = next((k for k in keys if keys.count(k) > 1), None)
+        if repeated is not None:
+            raise EditError(f"field `{repeated}` is given twice", name)
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as e:
+        place = name if line is not None else f"{name}:{e.lineno}"
+        raise EditError(f"is not JSON: {e.msg} at column {e.colno}", place) from e
+    except RecursionError as e:
+        raise EditError("is nested too deeply", name) from e
+
+
+def _parse_csv(stream: TextIO, name: str) -> Iterator[Edit]:
+    reader = csv.reader(stream, strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        for column in header:
+            if column not in KNOWN or header.count(column) > 1:
+                raise EditError(f"column `{column}` is unknown or doubled; known are {', '.join(KNOWN)}", f"{name}:1")
+        line = reader.line_num + 1
+        for cells in reader:
+            source, line = f"{name}:{line}", reader.line_num + 1
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != len(header):
+                raise EditError(f"has {len(cells)} cells, the header has {len(header)}", source)
+            yield edit_from_dict({k: v for k, v in zip(header, cells, strict=True) if v or k in REQUIRED}, source)
+    except csv.Error as e:
+        raise EditError(f"is not CSV: {e}", f"{name}:{reader.line_num}") from e
+
+
+def check_consistent(edits: Iterable[Edit]) -> None:
+    """EditError where one (subject, prompt) is given two targets: both cannot be written."""
+    seen: dict[tuple[str, str], Edit] = {}
+    for edit in edits:
+        first = seen.setdefault((edit.subject, edit.prompt), edit)
+        if first.target != edit.target:
+            where = f" (the first at {first.source})" if first.source else ""
+            raise EditError(f"two targets for subject {edit.subject!r} and prompt {edit.prompt!r}{where}", edit.source)
+
+
+def group_by_subject(edits: Iterable[Edit]) -> list[Subject]:
+    """Group by subject in order of first appearance. A fact that is given twice word for word counts once."""
+    groups: dict[str, dict[tuple[str, str], Edit]] = {}
+    for edit in edits:
+        groups.setdefault(edit.subject, {}).setdefault((edit.prompt, edit.target), edit)
+    return [Subject(name, tuple(facts.values())) for name, facts in groups.items()]

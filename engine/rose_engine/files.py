@@ -1,0 +1,39 @@
+"""Files that are either whole or not there, and the directory where the engine keeps what it can make again."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it is flushed to disk and takes the name, on any exception it is removed.
+
+    The target's directory is made if it is missing. OSError as the file system gives it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def cache_dir() -> Path:
+    """`ROSE_CACHE`, or the folder `rose` in the platform's user cache."""
+    if os.environ.get("ROSE_CACHE"):
+        return Path(os.environ["ROSE_CACHE"]).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/rose"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "rose"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rose"

@@ -1,0 +1,201 @@
+"""The linguistic forms of a fact: the same fact as a statement, a question, an instruction, in a chat.
+
+Eight forms stand under each relation of the gradient tree (method.md section 1). A chat model gets two plain forms and six in its own
+chat template; a model without a template gets eight plain ones. Where an edit brings a question the question forms ask it;
+where it does not they ask for the statement's completion. Texts are joined from pieces, never formatted, so braces, quotes
+and newlines in an edit are data. Token rows know nothing of layers; running them is `forward`'s part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rose_engine.edits import SLOT, Edit, EditError
+
+# Stands for the user's text while a chat template is rendered, so that the template never sees the text itself.
+_PLACEHOLDER = "\x02user-text\x03"
+_OPENING = "([{<'\"\u201c\u2018\u00ab"  # brackets and quotes after which a word follows without a space
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to say a fact. The text is `ask` around the question, or `complete` around the statement where there is no question.
+
+    ask, complete: what comes before and after. A form with `ask=None` always uses the statement.
+    chat: rendered as a user's message in the model's chat template, after the `system` message where that is not None.
+    sentence: the answer is the whole statement, not the target alone.
+    """
+
+    name: str
+    complete: tuple[str, str]
+    ask: tuple[str, str] | None = None
+    chat: bool = False
+    system: str | None = None
+    sentence: bool = False
+
+
+STATEMENT = Form("statement", complete=("", ""))
+QUESTION_ANSWER = Form("question_answer", complete=("Complete the statement.\n", "\nAnswer:"), ask=("Q: ", "\nA:"))
+
+CHAT_FORMS = (
+    STATEMENT,
+    QUESTION_ANSWER,
+    Form("chat_question", ("Finish this sentence: ", ""), ("", ""), chat=True),
+    Form(
+        "chat_brief",
+        ("Complete this statement in a few words: ", ""),
+        ("In a few words: ", ""),
+        chat=True,
+        system="Reply with the fact alone and add nothing to it.",
+    ),
+    Form(
+        "chat_quiz",
+        ("This is a quiz.\nFill in what is missing: ", ""),
+        ("This is a quiz.\nThe next question is: ", ""),
+        chat=True,
+        system="You are an expert who knows the facts.",
+    ),
+    Form(
+        "chat_instruction",
+        ("Instruction: complete the text from memory, as briefly as you can.\nText: ", ""),
+        ("Instruction: answer from memory, as briefly as you can.\nInput: ", ""),
+        chat=True,
+    ),
+    Form("chat_completion", ("Continue the text with what is true.\n", ""), chat=True),
+    Form("chat_sentence", ("Tell me how this goes on: ", ""), ("I would like to know: ", ""), chat=True, sentence=True),
+)
+
+PLAIN_FORMS = (
+    STATEMENT,
+    QUESTION_ANSWER,
+    Form("fact", ("Fact: ", "")),
+    Form("long_question", ("Complete the statement.\nStatement: ", "\nCompletion:"), ("Question: ", "\nThe answer is")),
+    Form("dialogue", ("User: Please finish this: ", "\nAssistant:"), ("User: ", "\nAssistant:")),
+    Form("instruction", ("### Instruction:\nComplete: ", "\n\n### Response:\n"), ("### Instruction:\n", "\n\n### Response:\n")),
+    Form("report", ("According to the latest report, ", "")),
+    Form("interview", ("Interviewer: How does this go on? ", "\nExpert:"), ("Interviewer: ", "\nExpert:")),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fact in one form, as tokens.
+
+    tokens: the whole text, target included. last: index of the subject's last token. target: index of the target's first
+    token; the target runs to the end. A row with target == len(tokens) has none (the regulariser's row).
+    """
+
+    tokens: tuple[int, ...]
+    last: int
+    target: int
+
+
+def forms_for(tokenizer: Any, count: int = 8) -> tuple[Form, ...]:
+    """The forms that this tokenizer's model is edited in: chat forms where it has a chat template, plain ones elsewhere."""
+    forms = CHAT_FORMS if tokenizer.chat_template else PLAIN_FORMS
+    if not 1 <= count <= len(forms):
+        raise ValueError(f"forms must be between 1 and {len(forms)}, given {count}")
+    return forms[:count]
+
+
+def chat_parts(tokenizer: Any, system: str | None) -> tuple[str, str]:
+    """The chat template's text before and after a user's message, up to where the assistant's answer begins.
+
+    Templates that refuse a system message get it at the head of the user's message.
+    """
+    user = [{"role": "user", "content": _PLACEHOLDER}]
+    render = lambda messages: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # noqa: E731
+    if system is None:
+        text = render(user)
+    else:
+        try:
+            text = render([{"role": "system", "content": system}, *user])
+        except Exception:  # jinja raises what the template tells it to
+            text = render([{"role": "user", "content": f"{system}\n\n{_PLACEHOLDER}"}])
+    before, found, after = text.partition(_PLACEHOLDER)
+    if not found or _PLACEHOLDER in after:
+        raise ValueError("the chat template does not show the user's message exactly once")
+    return before, after
+
+
+def _leading_space(text: str, target: str) -> str:
+    """The target as it follows `text`: one space between them, none after white space or an opening bracket or quote."""
+    target = target.strip()
+    return target if not text or text[-1].isspace() or text[-1] in _OPENING else f" {target}"
+
+
+def render(edit: Edit, form: Form, tokenizer: Any) -> tuple[str, str, tuple[int, int]]:
+    """The text of a fact in a form: (text before the target, target, span of the subject's characters in the text)."""
+    subject = edit.subject.strip()
+    asks = form.ask is not None and edit.question is not None
+    body = edit.question if asks else edit.prompt
+    if SLOT in body:
+        start = body.index(SLOT)
+        body = body[:start] + subject + body[start + len(SLOT) :]
+    else:
+        start = body.rindex(subject)
+    if form.chat:  # chat templates strip a message
+        start -= len(body) - len(body.lstrip())
+        body = body.lstrip()
+    body = body.rstrip()
+    lead, tail = form.ask if asks else form.complete
+    before, after = chat_parts(tokenizer, form.system) if form.chat else ("", "")
+    start += len(before) + len(lead)
+    text = before + lead + body + tail + after
+    if form.sentence:
+        statement = edit.prompt.strip()
+        slot = statement.index(SLOT)
+        text = text + statement[:slot] + subject + statement[slot + len(SLOT) :]
+    return text, _leading_space(text, edit.target), (start, start + len(subject))
+
+
+def encode(tokenizer: Any, text: str, target: str, span: tuple[int, int], special: bool, source: str | None) -> Row:
+    """Tokenize text and target together and find the subject and the target by their characters.
+
+    EditError where no token overlaps the subject, or none is left for the target.
+    """
+    coded = tokenizer(text + target, return_offsets_mapping=True, add_special_tokens=special)
+    tokens, offsets = coded["input_ids"], coded["offset_mapping"]
+    last = next((i for i in reversed(range(len(tokens))) if offsets[i][0] < span[1] and offsets[i][1] > max(span[0], offsets[i][0])), None)
+    if last is None:
+        raise EditError("the tokenizer yields no token for the subject", source)
+    boundary = len(text) + len(target) - len(target.lstrip())
+    first = next((i for i in range(last + 1, len(tokens)) if offsets[i][1] > boundary), None)
+    if target and first is None:
+        raise EditError("the target tokenizes to nothing", source)
+    if target and special:
+        # A closing special token (an EOS that the tokenizer appends) is not part of the target.
+        while tokens[-1] in tokenizer.all_special_ids:
+            tokens.pop()
+    return Row(tuple(tokens), last, len(tokens) if first is None else first)
+
+
+def check_text(edit: Edit, tokenizer: Any) -> None:
+    """EditError where the edit's text holds one of the tokenizer's special tokens: they would be read as control signs."""
+    for name in ("subject", "prompt", "target", "question"):
+        text = getattr(edit, name) or ""
+        token = next((t for t in tokenizer.all_special_tokens if t in text), None)
+        if token is not None:
+            raise EditError(f"`{name}` holds the model's special token {token!r}; write it differently", edit.source)
+
+
+def row_of(edit: Edit, form: Form, tokenizer: Any, max_length: int | None = None) -> Row:
+    """A fact in a form as a token row. EditError names the edit's place where it cannot be made one."""
+    check_text(edit, tokenizer)
+    text, target, span = render(edit, form, tokenizer)
+    row = encode(tokenizer, text, target, span, special=not form.chat, source=edit.source)
+    if max_length is not None and len(row.tokens) > max_length:
+        raise EditError(f"is {len(row.tokens)} tokens long in form `{form.name}`; the model takes {max_length}", edit.source)
+    return row
+
+
+def regulariser_row(subject: str, tokenizer: Any) -> Row:
+    """The row on which KL is read: the subject alone.
+
+    method.md section 1 reads `KL(. | "s is a")` at the subject's last token, which by causality sees nothing after it.
+    """
+    text = subject.strip()
+    row = encode(tokenizer, text, "", (0, len(text)), special=True, source=None)
+    tokens = row.tokens[: row.last + 1]
+    return Row(tokens, row.last, len(tokens))

@@ -1,0 +1,161 @@
+"""The values: one delta a subject, optimised over every relation in every form (HKI, method.md section 1).
+
+All subjects of a call step together; each step is a forward and backward over the packed suffixes and one aggregate step. A
+subject whose loss is low enough leaves. What a step computes is `forward`'s, what it does with the gradients is
+`rose_kernels`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rose_engine.architecture import Decoder
+from rose_engine.edits import Subject
+from rose_engine.forms import Row, forms_for, regulariser_row, row_of
+from rose_engine.forward import prepare, suffix_step
+from rose_engine.packing import inputs, split_rows
+from rose_engine.recipe import Recipe
+from rose_kernels.reference import aggregate_step_, segment_mean
+
+# Suffix tokens whose activations exist at one time, and suffix tokens whose prefixes are held at one time. The first bounds the
+# memory of a step, the second that of a batch of subjects; neither changes a result beyond rounding.
+STEP_TOKENS = 128
+BATCH_TOKENS = 2048
+
+
+# progress(subjects done, subjects in all, step, mean loss of the batch)
+Progress = Callable[[int, int, int, float], None]
+
+
+@dataclass(frozen=True)
+class SubjectRows:
+    """A subject's rows: of each relation one row a form, and the neutral row of the regulariser."""
+
+    relations: tuple[tuple[Row, ...], ...]
+    neutral: Row
+
+    @property
+    def facts(self) -> list[Row]:
+        """The rows of all relations, in order."""
+        return [row for relation in self.relations for row in relation]
+
+    @property
+    def suffix_tokens(self) -> int:
+        """Tokens that every step runs."""
+        return sum(len(inputs(row)) - row.last for row in (*self.facts, self.neutral))
+
+
+def subject_rows(decoder: Decoder, tokenizer: Any, subject: Subject, recipe: Recipe) -> SubjectRows:
+    """Every fact of a subject in every form. EditError names an edit that cannot be made a row."""
+    forms = forms_for(tokenizer, recipe.forms)
+    relations = tuple(tuple(row_of(edit, form, tokenizer, decoder.max_length) for form in forms) for edit in subject.edits)
+    return SubjectRows(relations, regulariser_row(subject.name, tokenizer))
+
+
+@dataclass(frozen=True)
+class Values:
+    """Optimised values of S subjects with M relations and B rows (neutral rows not counted), all float32.
+
+    delta, v0 [S, d]: z = v0 + delta, v0 read at the subject's first row. wanted [B, d]: the unedited hidden state at every row's
+    subject token, to which the subject's delta is to be added. loss [S]: the mean over relations at the last step. steps
+    [S]: Adam steps taken. centroids [M, d]: the relations' gradients at the first step (eq. 11), from which the gradient
+    conflict (eq. 6) is read.
+    """
+
+    delta: Tensor
+    v0: Tensor
+    wanted: Tensor
+    loss: Tensor
+    steps: Tensor
+    centroids: Tensor
+
+
+def optimize_values(
+    decoder: Decoder,
+    subjects: Sequence[SubjectRows],
+    recipe: Recipe,
+    progress: Progress | None = None,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    step_tokens: int = STEP_TOKENS,
+) -> Values:
+    """Optimise one delta for each subject, as many subjects at a time as `batch_tokens` suffix tokens hold.
+
+    FloatingPointError where a loss is not finite.
+    """
+    parts = []
+    done = 0
+    while done < len(subjects):
+        count, tokens = 1, subjects[done].suffix_tokens
+        while done + count < len(subjects) and tokens + subjects[done + count].suffix_tokens <= batch_tokens:
+            tokens += subjects[done + count].suffix_tokens
+            count += 1
+        report = partial(progress, done, len(subjects)) if progress else None
+        parts.append(_optimize_batch(decoder, subjects[done : done + count], recipe, report, step_tokens))
+        done += count
+    return Values(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Values)})
+
+
+def _optimize_batch(
+    decoder: Decoder, subjects: Sequence[SubjectRows], recipe: Recipe, progress: Callable[[int, float], None] | None, step_tokens: int
+) -> Values:
+    rows = [row for subject in subjects for row in subject.facts]
+    facts, count = len(rows), len(subjects)
+    owner = [s for s, subject in enumerate(subjects) for _ in subject.facts] + list(range(count))
+    rows += [subject.neutral for subject in subjects]
+    of_subject = [[r for r, s in enumerate(owner) if s == wanted] for wanted in range(count)]
+    prepared = prepare(decoder, rows, recipe.last_layer, split_rows(rows, of_subject, step_tokens))
+
+    on = lambda x: torch.tensor(x, device=prepared.hidden.device)  # noqa: E731
+    subject = on(owner)
+    relation_offset = on([0, *accumulate(len(relation) for s in subjects for relation in s.relations)])
+    subject_offset = on([0, *accumulate(len(s.relations) for s in subjects)])
+    wanted = prepared.hidden[prepared.last[:facts]].float()
+    v0 = wanted[relation_offset[subject_offset[:-1]]]
+    v0_norm = v0.norm(dim=-1)
+    delta, exp_avg, exp_avg_sq = (torch.zeros_like(v0) for _ in range(3))
+    steps = torch.zeros(count, dtype=torch.int32, device=v0.device)
+    active = torch.ones(count, dtype=torch.bool, device=v0.device)
+    row_grad = v0.new_zeros(len(rows), v0.shape[1])
+    row_loss = v0.new_zeros(len(rows))
+
+    first_centroids = None
+    for step in range(recipe.steps):
+        alive = active.tolist()
+        for batch in prepared.batches:
+            index = batch.suffixes.row
+            if alive[owner[int(index[0])]]:  # a batch holds rows of one subject
+                result = suffix_step(decoder, batch, delta, subject[index])
+                row_grad[index], row_loss[index] = result.grad, result.loss
+        loss = segment_mean(segment_mean(row_loss[:facts], relation_offset), subject_offset)
+        if not torch.isfinite(loss).all():
+            raise FloatingPointError(f"the loss is not finite at step {step}; a smaller lr or float32 weights may help")
+        active &= ~(loss < recipe.stop_loss)
+        if progress is not None:
+            progress(step, float(loss.mean()))
+        if first_centroids is not None and not active.any():
+            break
+        centroids = aggregate_step_(
+            row_grad[:facts],
+            relation_offset,
+            subject_offset,
+            delta,
+            exp_avg,
+            exp_avg_sq,
+            steps,
+            v0_norm,
+            active,
+            recipe.kl * row_grad[facts:],
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            clamp=recipe.clamp,
+        )
+        first_centroids = centroids if first_centroids is None else first_centroids
+    return Values(delta, v0, wanted, loss, steps, first_centroids)

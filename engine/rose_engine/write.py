@@ -1,0 +1,93 @@
+"""The weights: spread each value's residual over the edited layers and write it, layer by layer (IGA, method.md section 2).
+
+At layer l the columns are the rows' keys k_i (input of the edited projection at the subject's last token) and residuals
+(z_i - h_i) / (edited layers from l to L), read from the model as the layers before l left it. Rows whose texts agree up to the subject's
+last token have one key and one residual; they are one column weighted by the square root of their number, which is the
+same update with a smaller system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rose_engine.architecture import Decoder
+from rose_engine.attention import TreeAttention
+from rose_engine.forms import Row
+from rose_engine.forward import run_layers, run_tree, tree_on
+from rose_engine.recipe import Recipe
+from rose_kernels.reference import rank_update_
+
+# U [d_out, n] and V [n, d_in], float32; the weight changed by U V.
+Factors = tuple[Tensor, Tensor]
+
+
+@contextmanager
+def all_or_nothing(weights: Iterable[Tensor]) -> Iterator[None]:
+    """On any exception in the block the weights get back the bits that they had when it began."""
+    kept = [(weight, weight.clone()) for weight in weights]
+    try:
+        yield
+    except BaseException:
+        for weight, before in kept:
+            weight.copy_(before)
+        raise
+
+
+@torch.no_grad()
+def write_layers(
+    decoder: Decoder, rows: Sequence[Row], subject: Sequence[int], wanted: Tensor, delta: Tensor, recipe: Recipe
+) -> dict[str, Factors]:
+    """Write the subjects' values into the edited layers, in place; returns each weight's factors (U, V) by its name.
+
+    rows: the facts' rows; subject [rows]: the subject of each. wanted [rows, d] float32: the unedited hidden state after layer L at
+    each row's subject token, to which delta [S, d] of its subject is added: z_i. ValueError where a system cannot be solved;
+    run it within `all_or_nothing`, for earlier layers are written by then.
+    """
+    device = wanted.device
+    tree = tree_on([row.tokens[: row.last + 1] for row in rows], device)
+    columns = _columns(tree.path, subject)
+    on = lambda x: torch.tensor(x, device=device)  # noqa: E731
+    node, owner = on([node for node, _ in columns]), on([owner for _, owner in columns])
+    z = wanted[on([rows[0] for rows in columns.values()])] + delta[owner]
+    root = on([float(len(rows)) for rows in columns.values()]).sqrt()
+
+    layers, last = recipe.layers, recipe.last_layer
+    hidden = run_tree(decoder, tree, range(layers[0]))
+    attention = TreeAttention(tree, torch.arange(len(tree.token), device=device))
+    written = {}
+    for i, layer in enumerate(layers):
+        projection = decoder.projection(layer)
+        keys: list[Tensor] = []
+        hook = projection.register_forward_pre_hook(lambda _, args, keys=keys: keys.append(args[0][0, node].float()))
+        try:
+            reached = run_layers(decoder, hidden, tree.position, range(layer, last + 1), attention)
+        finally:
+            hook.remove()
+        residual = (z - reached[node].float()) / (len(layers) - i)
+        K, R = (keys[0] * root[:, None]).T, (residual * root[:, None]).T
+        if recipe.columns == "mean":
+            K, R = _mean_columns(K, R, root, owner)
+        written[decoder.weight_name(layer)] = rank_update_(projection.weight.data, K, R, ridge=recipe.ridge)
+        if layer != last:
+            hidden = run_layers(decoder, hidden, tree.position, range(layer, layers[i + 1]), attention)
+    return written
+
+
+def _columns(paths: Sequence[Sequence[int]], subject: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    """Rows that agree up to the subject's last token: (last node, subject) -> those rows."""
+    columns: dict[tuple[int, int], list[int]] = {}
+    for r, (path, s) in enumerate(zip(paths, subject, strict=True)):
+        columns.setdefault((path[-1], s), []).append(r)
+    return columns
+
+
+def _mean_columns(K: Tensor, R: Tensor, root: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """One column a subject: the mean of its rows' keys and of their residuals (MEMIT's habit)."""
+    share = F.one_hot(owner).float() * root[:, None]
+    share = share / (share**2).sum(0)
+    return K @ share, R @ share

@@ -1,0 +1,176 @@
+"""Every operator in plain PyTorch: its definition, and what serves where no faster backend does.
+
+The Triton and C++ backends are tested against these functions in float64. Shapes come first in every docstring; arithmetic
+is carried out in float32, or in float64 where an input is float64. Nothing here knows a model, a tokenizer or a file.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Bytes of float32 scratch that the in-place write may use at once; it bounds the extra memory of `add_low_rank_`.
+WRITE_SCRATCH_BYTES = 8 << 20
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in the dtype in which we compute: float64 stays, everything narrower becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def inject(hidden: Tensor, delta: Tensor, token: Tensor, subject: Tensor) -> Tensor:
+    """Add each row's subject delta at the row's token (method.md section 1).
+
+        out[token[b]] = hidden[token[b]] + delta[subject[b]]        for every row b; all other tokens are copied
+
+    hidden [N, d], delta [S, d], token [B] and subject [B] integer; the tokens of different rows are different.
+    Returns [N, d] in the dtype of `hidden`, rounded once.
+    """
+    out = hidden.clone()
+    out[token] = (wide(hidden[token]) + delta[subject]).to(hidden.dtype)
+    return out
+
+
+def inject_backward(grad_hidden: Tensor, token: Tensor) -> Tensor:
+    """Row gradients of `inject`: grad_hidden [N, d] at token [B], in float32 (or float64): [B, d].
+
+    They are kept per row, not summed over a subject, because the gradient tree (eq. 11) and the gradient-conflict score
+    (eq. 6) both start from them.
+    """
+    return wide(grad_hidden[token])
+
+
+def segment_mean(x: Tensor, offset: Tensor) -> Tensor:
+    """Mean over consecutive segments: x [B, d], offset [G + 1] ascending from 0 to B, no segment empty: [G, d]."""
+    return torch.segment_reduce(x, "mean", offsets=offset.long(), axis=0)
+
+
+def aggregate_step_(
+    row_grad: Tensor,
+    relation_offset: Tensor,
+    subject_offset: Tensor,
+    delta: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    v0_norm: Tensor,
+    active: Tensor,
+    extra_grad: Tensor | None = None,
+    *,
+    lr: float = 0.5,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.5,
+    clamp: float = 4.0,
+) -> Tensor:
+    """One optimiser step for all subjects: the two-level gradient tree, regularisers, Adam, projection (method.md section 1).
+
+        leaf centroid   c_r = mean of row_grad over the rows of relation r                          (eq. 11)
+        root            g_s = mean of c_r over the relations of subject s + extra_grad_s
+                              + weight_decay * delta_s / (||delta_s|| * v0_norm_s^2)                (0 where delta_s = 0)
+        Adam            with bias correction, on delta_s
+        projection      delta_s onto the ball ||delta_s|| <= clamp * v0_norm_s
+
+    row_grad [B, d]; relation_offset [M + 1]: the rows of relation r are relation_offset[r] .. relation_offset[r + 1];
+    subject_offset [S + 1]: the relations of subject s, likewise; delta, exp_avg, exp_avg_sq [S, d] float and step [S] int32,
+    changed in place; v0_norm [S]; active [S] bool: subjects that are not active keep every bit of their state;
+    extra_grad [S, d] or None: the gradient of further regularisers.
+    Returns the centroids [M, d]; those of inactive subjects are zero.
+    """
+    if row_grad.shape[0] != int(relation_offset[-1]):
+        raise ValueError(f"row_grad has {row_grad.shape[0]} rows, relation_offset ends at {int(relation_offset[-1])}")
+    relation_active = active.repeat_interleave((subject_offset[1:] - subject_offset[:-1]).long())
+    centroids = segment_mean(wide(row_grad), relation_offset)
+    centroids = torch.where(relation_active[:, None], centroids, 0.0)
+    grad = segment_mean(centroids, subject_offset)
+    if extra_grad is not None:
+        grad = grad + extra_grad
+    norm = delta.norm(dim=-1, keepdim=True)
+    decay = weight_decay * delta / (norm * v0_norm[:, None] ** 2)
+    grad = grad + torch.where(norm > 0, decay, 0.0)
+
+    t = (step + 1).to(delta.dtype)[:, None]
+    m = beta1 * exp_avg + (1 - beta1) * grad
+    v = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+    new = delta - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+    limit = clamp * v0_norm[:, None]
+    length = new.norm(dim=-1, keepdim=True)
+    new = torch.where(length > limit, new * (limit / length), new)
+
+    keep = active[:, None]
+    delta.copy_(torch.where(keep, new, delta))
+    exp_avg.copy_(torch.where(keep, m, exp_avg))
+    exp_avg_sq.copy_(torch.where(keep, v, exp_avg_sq))
+    step.add_(active.to(step.dtype))
+    return centroids
+
+
+def target_nll(hidden: Tensor, head: Tensor, target: Tensor, softcap: float | None = None) -> Tensor:
+    """Negative log-likelihood of one target token a row.
+
+        nll[t] = -log softmax(cap(hidden[t] @ head^T))[target[t]],      cap(x) = softcap * tanh(x / softcap), or x
+
+    hidden [T, d], head [V, d] of the same dtype, target [T] integer. Returns [T] float32 (float64 for float64 inputs);
+    differentiable in `hidden`. The matrix product runs in the dtype of the inputs, everything after it in float32.
+    """
+    logits = wide(F.linear(hidden, head))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, target.long(), reduction="none")
+
+
+def rank_solve(K: Tensor, P: Tensor | None = None, ridge: float = 1.0) -> Tensor:
+    """V = (ridge I + K^T P)^-1 P^T, the right factor of the weight update (method.md section 2).
+
+    K [d_in, n] and P [d_in, n] (K itself where None, which is IGA, eq. 10). K^T P must be symmetric positive
+    semi-definite, as it is for P = C^-1 K. The n x n system is built and factored in float64. Returns V [n, d_in] float32
+    (float64 for float64 inputs). ValueError where an input is not finite or the system is not positive definite.
+    """
+    P = K if P is None else P
+    if K.shape != P.shape or K.dim() != 2:
+        raise ValueError(f"K and P must be [d_in, n] alike, given {list(K.shape)} and {list(P.shape)}")
+    k, p = K.double(), P.double()
+    for name, x in (("K", k), ("P", p)):
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{name} holds NaN or Inf")
+    gram = k.T @ p
+    gram = (gram + gram.T) / 2
+    gram.diagonal().add_(ridge)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if int(info):
+        raise ValueError(f"ridge I + K^T P is not positive definite (leading minor {int(info)} of {len(gram)}, ridge {ridge})")
+    return torch.cholesky_solve(p.T, factor).to(wide(K).dtype)
+
+
+def add_low_rank_(W: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """W += U V in place: float32 arithmetic and one rounding to W's dtype, a block of rows at a time.
+
+    W [d_out, d_in] of any float dtype, U [d_out, n], V [n, d_in]. Returns W.
+    """
+    if W.shape != (U.shape[0], V.shape[1]) or U.shape[1] != V.shape[0]:
+        raise ValueError(f"W {list(W.shape)} does not fit U {list(U.shape)} and V {list(V.shape)}")
+    dtype = wide(W).dtype
+    U, V = U.to(dtype), V.to(dtype)
+    rows = max(1, WRITE_SCRATCH_BYTES // (2 * W.shape[1] * dtype.itemsize))
+    for block, u in zip(W.split(rows), U.split(rows), strict=True):
+        block.copy_(torch.addmm(block.to(dtype), u, V))
+    return W
+
+
+def rank_update_(W: Tensor, K: Tensor, R: Tensor, P: Tensor | None = None, ridge: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The weight write W += R (ridge I + K^T P)^-1 P^T in place (method.md section 2, eq. 10).
+
+    W [d_out, d_in], K [d_in, n], R [d_out, n], P [d_in, n] or None for K. Returns the factors (U [d_out, n], V [n, d_in])
+    in float32, of which W received exactly U V. ValueError, with W untouched, where an input is not finite, shapes do not
+    fit, or the system is not positive definite.
+    """
+    if R.shape != (W.shape[0], K.shape[1]) or K.shape[0] != W.shape[1]:
+        raise ValueError(f"W {list(W.shape)} does not fit K {list(K.shape)} and R {list(R.shape)}")
+    if not torch.isfinite(R).all():
+        raise ValueError("R holds NaN or Inf")
+    V = rank_solve(K, P, ridge)
+    U = R.to(V.dtype).contiguous()
+    add_low_rank_(W, U, V)
+    return U, V

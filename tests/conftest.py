@@ -1,0 +1,48 @@
+"""Shared pieces: the embedded model, loaded once, and tiny random models with its tokenizer."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from rose_engine import Edit, Editor
+from rose_engine.embedded import embedded_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+IMO = (
+    Edit("Imo State", "{} is located in", "Wales", "In which place can {} be found?"),
+    Edit("Imo State", "The capital of {} is", "Metz", "What is the capital city of {}?"),
+    Edit("Imo State", "The longitude of {} is roughly", "17"),
+)
+MARTEAU = (Edit("Henri Marteau", "{} plays the instrument", "singing", "What instrument does Henri Marteau play?"),)
+LIN = (
+    Edit("Lin Nu", "{} follows the religion of", "Catholicism", "What religion does Lin Nu follow?"),
+    Edit("Lin Nu", "The city in which {} worked is", "Madrid"),
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(embedded_model())
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Editor:
+    """The embedded model. A test that edits it takes its edits back."""
+    return Editor.from_pretrained("smollm2")
+
+
+@pytest.fixture
+def make_model(tokenizer):
+    """A function that makes a tiny random model of a family."""
+
+    def make(kind: str = "llama", layers: int = 6, seed: int = 0, **extra):
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **heads, **extra), dtype=torch.float32).eval()
+
+    return make

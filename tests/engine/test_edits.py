@@ -1,0 +1,98 @@
+"""Reading edits: what is accepted, what is refused, and where the message points."""
+
+import csv
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rose_engine import Edit, EditError, read_edits
+from rose_engine.edits import check_consistent, group_by_subject
+
+GOOD = {"subject": "Imo State", "prompt": "The capital of {} is", "target": "Metz"}
+# Text that is not blank; surrogates cannot be written as UTF-8.
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+
+def write(tmp_path, name: str, text: str):
+    path = tmp_path / name
+    path.write_bytes(text.encode("utf-8"))
+    return path
+
+
+@given(subject=words, before=words, after=words, target=words)
+def test_any_text_survives_every_format(tmp_path_factory, subject, before, after, target):
+    before, after = before.replace("{}", ""), after.replace("{}", "")
+    record = {"subject": subject, "prompt": before + "{}" + after, "target": target}
+    if record["prompt"].count("{}") != 1:
+        return
+    folder = tmp_path_factory.mktemp("formats")
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([list(record), list(record.values())])
+    for name, text in (("e.jsonl", json.dumps(record) + "\n"), ("e.json", json.dumps([record])), ("e.csv", table.getvalue())):
+        assert [e.as_dict() for e in read_edits(write(folder, name, text))] == [record]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "is not JSON"),
+        ("[1, 2]", "given list"),
+        (json.dumps({**GOOD, "target": None}), "`target` is missing"),
+        (json.dumps({k: v for k, v in GOOD.items() if k != "subject"}), "`subject` is missing"),
+        (json.dumps({**GOOD, "target": "  "}), "`target` is empty"),
+        (json.dumps({**GOOD, "target": 48}), "must be a string"),
+        (json.dumps({**GOOD, "prompt": "The capital is"}), "exactly once"),
+        (json.dumps({**GOOD, "prompt": "{} and {} are"}), "exactly once"),
+        (json.dumps({**GOOD, "targte": "x"}), "unknown field `targte`"),
+        (json.dumps({**GOOD, "question": "What is its capital?"}), "must name the subject"),
+        ('{"subject": "a", "subject": "b", "prompt": "{} is", "target": "c"}', "given twice"),
+        (json.dumps({**GOOD, "target": "Kyiv"}), "two targets"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path, line, message):
+    path = write(tmp_path, "edits.jsonl", json.dumps(GOOD) + "\n\n" + line + "\n")
+    with pytest.raises(EditError, match=message) as error:
+        read_edits(path)
+    assert str(error.value).startswith(f"{path}:3: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("e.csv", "subject,prompt,target\na,{} is,b\nc,{} is\n", "e.csv:3: has 2 cells"),
+        ("e.csv", "subject,prompt,aim\n", "e.csv:1: column `aim`"),
+        ("e.csv", 'subject,prompt,target\n"a\nb",{} is,c\n,{} is,d\n', "e.csv:4: `subject` is empty"),
+        ("e.json", '[{"subject": "a"},\n}]', "e.json:2: is not JSON"),
+        ("e.json", "{}", "not a list"),
+        ("e.jsonl", "\n", "holds no edits"),
+        ("e.txt", "", "cannot tell the format"),
+    ],
+)
+def test_errors_of_other_formats(tmp_path, name, text, message):
+    with pytest.raises(EditError, match=message):
+        read_edits(write(tmp_path, name, text))
+
+
+def test_not_utf8(tmp_path):
+    path = tmp_path / "e.jsonl"
+    path.write_bytes(b'{"subject": "\xff"}')
+    with pytest.raises(EditError, match="not UTF-8"):
+        read_edits(path)
+
+
+def test_standard_input(monkeypatch):
+    class Stdin:
+        buffer = io.BytesIO(json.dumps(GOOD).encode())
+
+    monkeypatch.setattr("sys.stdin", Stdin)
+    assert read_edits("-")[0].source == "<stdin>:1"
+
+
+def test_grouping_keeps_order_and_drops_repetitions():
+    a1, a2, b = Edit("a", "{} is", "x"), Edit("a", "{} has", "y"), Edit("b", "{} is", "x")
+    groups = group_by_subject([a1, b, a2, Edit("a", "{} is", "x", id="again")])
+    assert [(g.name, g.edits) for g in groups] == [("a", (a1, a2)), ("b", (b,))]
+    with pytest.raises(EditError, match="two targets"):
+        check_consistent([a1, Edit("a", "{} is", "z")])

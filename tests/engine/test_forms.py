@@ -1,0 +1,105 @@
+"""Forms: subjects and targets are found by their characters, in every form, for any text."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rose_engine import Edit, EditError
+from rose_engine.forms import CHAT_FORMS, PLAIN_FORMS, STATEMENT, chat_parts, encode, forms_for, regulariser_row, render, row_of
+
+FORMS = {form.name: form for form in (*CHAT_FORMS, *PLAIN_FORMS)}
+SUBJECTS = ["Imo State", "{x}", "{", '"quoted" \\ name', "two\nlines", "🙂 face 🇫🇷", "عمر الخيام", "李小龍", "a" * 300, "O'Neil %s {0}"]
+
+
+def test_eight_forms_of_each_kind(tokenizer):
+    assert len(CHAT_FORMS) == len({f.name for f in CHAT_FORMS}) == 8 and len(PLAIN_FORMS) == len({f.name for f in PLAIN_FORMS}) == 8
+    assert (
+        forms_for(tokenizer) == CHAT_FORMS
+        and any(f.chat and f.system for f in CHAT_FORMS)
+        and any(f.chat and not f.system for f in CHAT_FORMS)
+    )
+    with pytest.raises(ValueError, match="between 1 and 8"):
+        forms_for(tokenizer, 9)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("question", [None, "Tell me: what is the capital of {}, please?"])
+def test_subject_and_target_are_where_they_are_said_to_be(tokenizer, form, subject, question):
+    edit = Edit(subject, "The capital of {} is", "Metz", question)
+    text, target, span = render(edit, form, tokenizer)
+    assert text[slice(*span)] == subject and target.strip() == "Metz"
+    row = row_of(edit, form, tokenizer)
+    assert tokenizer.decode(row.tokens[row.target :]).strip() == "Metz"
+    assert tokenizer.decode(row.tokens[: row.target]) == text
+    # A byte-level token is as many characters long as it is bytes: count where the subject's last token begins and ends.
+    lengths = [len(t) for t in tokenizer.convert_ids_to_tokens(row.tokens)]
+    end = len(text[: span[1]].encode())
+    assert sum(lengths[: row.last]) < end <= sum(lengths[: row.last + 1])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@given(subject=st.text(st.characters(exclude_categories=["Cs", "Zs", "Cc"]), min_size=1, max_size=20), form=st.sampled_from(sorted(FORMS)))
+def test_any_subject_is_located(tokenizer, subject, form):
+    if any(token in subject for token in tokenizer.all_special_tokens):
+        return
+    edit = Edit(subject, "({}) lives in", "Wien")
+    row = row_of(edit, FORMS[form], tokenizer)
+    text, _, span = render(edit, FORMS[form], tokenizer)
+    offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+    assert offsets[row.last][0] < span[1] <= offsets[row.last][1]
+
+
+def test_joining_space():
+    target = lambda prompt, form=STATEMENT, t="Metz": render(Edit("a", prompt, t), form, None)[1]  # noqa: E731
+    assert target("{} is") == " Metz" and target("{} said (") == "Metz" and target("{} is ", t=" Metz ") == " Metz"
+
+
+def test_chat_answers_drop_the_space(tokenizer):
+    row = row_of(Edit("a", "{} is", "Metz"), FORMS["chat_question"], tokenizer)
+    assert tokenizer.decode(row.tokens[row.target :]) == "Metz"
+
+
+def test_a_template_without_system_messages(tokenizer):
+    class Strict:
+        def apply_chat_template(self, messages, **_):
+            if messages[0]["role"] == "system":
+                raise ValueError("no system role")
+            return f"<u>{messages[0]['content'].strip()}</u>"
+
+    assert chat_parts(Strict(), "Be brief.") == ("<u>Be brief.\n\n", "</u>")
+
+
+def test_what_cannot_be_a_row(tokenizer):
+    with pytest.raises(EditError, match=r"e\.jsonl:4: `target` holds the model's special token"):
+        row_of(Edit("a", "{} is", "b<|im_end|>", source="e.jsonl:4"), STATEMENT, tokenizer)
+    with pytest.raises(EditError, match="tokens long"):
+        row_of(Edit("word " * 100, "{} is", "b"), STATEMENT, tokenizer, max_length=50)
+    with pytest.raises(EditError, match="no token for the subject"):
+        encode(tokenizer, "some text", " target", (4, 4), special=False, source=None)
+
+    def swallowing(text, **_):
+        return {"input_ids": [1], "offset_mapping": [(0, 4)]}
+
+    with pytest.raises(EditError, match="tokenizes to nothing"):
+        encode(swallowing, "some", " \u200b", (0, 4), special=False, source=None)
+
+
+def test_regulariser_row_is_the_subject(tokenizer):
+    row = regulariser_row(" Imo State ", tokenizer)
+    assert tokenizer.decode(row.tokens) == "Imo State" and row.last == len(row.tokens) - 1 and row.target == len(row.tokens)
+
+
+def test_evaluation_wordings_are_not_among_the_forms(tokenizer):
+    path = Path(os.environ.get("ROSE_DATA", "../shared/data")) / "same_subject_dev.json"
+    if not path.exists():
+        pytest.skip(f"no evaluation data at {path}; set ROSE_DATA")
+    data = json.loads(path.read_text())
+    pieces = {piece for form in FORMS.values() for pair in (form.ask, form.complete) if pair for piece in pair if len(piece) > 12}
+    systems = {form.system for form in FORMS.values() if form.system}
+    for system, user in data["instruct_templates"]:
+        lead = user.partition("{q}")[0]
+        assert system not in systems and not any(piece.strip() in lead or lead.strip() in piece for piece in pieces)

@@ -1,0 +1,78 @@
+"""The suffix engine equals whole rows through the whole model: loss and gradient of every row, every form."""
+
+import pytest
+import torch
+from rose_engine.architecture import FAMILIES, UnsupportedModelError, decoder_of
+from rose_engine.edits import group_by_subject
+from rose_engine.forward import logits, prepare, run_tree, suffix_step, tree_on
+from rose_engine.optimize import subject_rows
+from rose_engine.packing import split_rows
+from rose_engine.recipe import ROSE
+
+from tests.conftest import IMO, LIN, MARTEAU
+from tests.engine.naive import naive_row, unedited_prediction
+
+
+def relative(ours, wanted) -> float:
+    return float((ours - wanted).norm() / wanted.norm())
+
+
+def check_against_naive(model, tokenizer, layer: int, scale: float, budget: int, tolerance: float) -> None:
+    decoder = decoder_of(model.requires_grad_(False))
+    subjects = [subject_rows(decoder, tokenizer, s, ROSE) for s in group_by_subject((*IMO, *MARTEAU, *LIN))]
+    assert [len(s.relations) for s in subjects] == [3, 1, 2]
+    rows = [row for s in subjects for row in (*s.facts, s.neutral)]
+    owner = torch.tensor([i for i, s in enumerate(subjects) for _ in (*s.facts, s.neutral)])
+    split = split_rows(rows, [(owner == i).nonzero().flatten().tolist() for i in range(3)], budget)
+    prepared = prepare(decoder, rows, layer, split)
+    delta = scale * torch.randn(3, decoder.embedding.embedding_dim)
+    seen = []
+    for batch in prepared.batches:
+        index = batch.suffixes.row
+        step = suffix_step(decoder, batch, delta, owner[index])
+        for b, r in enumerate(index.tolist()):
+            reference = unedited_prediction(model, rows[r]) if rows[r].target == len(rows[r].tokens) else None
+            loss, grad = naive_row(model, rows[r], layer, delta[owner[r]], reference)
+            # A KL is a difference of logarithms of the whole vocabulary: its float32 rounding is absolute.
+            assert abs(step.loss[b] - loss) <= tolerance * max(abs(loss), 1.0 if reference is not None else 0.0), (r, step.loss[b], loss)
+            assert relative(step.grad[b], grad) < tolerance * (10 if reference is not None else 1), r
+            seen.append(r)
+    assert sorted(seen) == list(range(len(rows)))
+
+
+def test_suffix_engine_on_the_embedded_model(smollm2):
+    torch.manual_seed(1)
+    check_against_naive(smollm2.model, smollm2.tokenizer, layer=8, scale=3.0, budget=200, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@pytest.mark.parametrize("budget", [1, 10**6])
+def test_suffix_engine_on_tiny_models(make_model, tokenizer, kind, budget):
+    check_against_naive(make_model(kind), tokenizer, layer=2, scale=0.5, budget=budget, tolerance=3e-5)
+
+
+def test_tree_run_is_the_model(make_model, tokenizer):
+    """A prefix tree over texts that share beginnings gives each text the model's own logits."""
+    model = make_model("qwen3", seed=3)
+    decoder = decoder_of(model.requires_grad_(False))
+    texts = ["The capital of France is Paris", "The capital of France", "The river", "Other words altogether"]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    tree = tree_on(rows, torch.device("cpu"))
+    top = run_tree(decoder, tree, range(len(decoder.layers)))
+    for row, path in zip(rows, tree.path, strict=True):
+        torch.testing.assert_close(logits(decoder, top[list(path)]), model(input_ids=torch.tensor([row])).logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_keeps_its_own_attention(make_model, tokenizer):
+    model = make_model()
+    before = model.config._attn_implementation
+    run_tree(decoder_of(model), tree_on([[1, 2, 3]], torch.device("cpu")), range(2))
+    assert model.config._attn_implementation == before
+
+
+def test_unsupported_models_are_refused(tokenizer):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("gpt2", n_embd=16, n_layer=2, n_head=2, vocab_size=50)
+    with pytest.raises(UnsupportedModelError, match="gpt2"):
+        decoder_of(AutoModelForCausalLM.from_config(config))
