@@ -2,9 +2,10 @@
 
     python -m bench.quality --data same_subject_dev.json --model smollm2 --recipes vanilla,rose --subjects 20 --json -
 
-Metrics, in percent (the paper's Appendix D.2). Teacher-forced: efficacy with the edit's prompt, paraphrase with other statements, instructed
-with unseen questions in unseen instructions. instructed_generated: greedy answers of at most 24 tokens that hold the target. locality,
-locality_instructed: share of prompts about other subjects whose argmax answer is the unedited model's.
+Metrics, in percent (the paper's Appendix D.2). Teacher-forced: efficacy with the edit's prompt, paraphrase with other
+statements, instructed with unseen questions in unseen instructions. instructed_generated: greedy answers of at most 24
+tokens that hold the target. locality, locality_instructed: share of prompts about other subjects whose argmax answer is
+the unedited model's.
 """
 
 from __future__ import annotations

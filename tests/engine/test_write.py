@@ -1,0 +1,83 @@
+"""The write against method.md section 2, with keys and residuals read from the model by hooks, in float64."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from rose_engine import Edit
+from rose_engine.architecture import decoder_of
+from rose_engine.edits import group_by_subject
+from rose_engine.optimize import subject_rows
+from rose_engine.recipe import ROSE
+from rose_engine.write import all_or_nothing, write_layers
+
+from tests.conftest import IMO, MARTEAU
+from tests.engine.naive import run
+
+LAYERS = (1, 2, 4)
+ALIKE = (Edit("Lin Nu", "{} lives in", "Madrid"), Edit("Lin Nu", "{} speaks", "Basque"))
+
+
+def keys_and_hidden(model, row, layer, last):
+    """(input of down_proj at `layer`, hidden state after `last`) at the row's subject token, by hooks on the whole model."""
+    seen = {}
+    hooks = [
+        model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.update(key=a[0][0, row.last])),
+        model.model.layers[last].register_forward_hook(lambda m, a, out: seen.update(hidden=out[0, row.last])),
+    ]
+    with torch.no_grad():
+        run(model, row)
+    for hook in hooks:
+        hook.remove()
+    return seen["key"].double(), seen["hidden"].double()
+
+
+@pytest.mark.parametrize("columns", ["row", "mean"])
+def test_write_equals_the_method(make_model, tokenizer, columns):
+    recipe = replace(ROSE, layers=LAYERS, columns=columns, ridge=0.3)
+    model = make_model(seed=7, initializer_range=0.2)
+    plain = copy.deepcopy(model)
+    decoder = decoder_of(model)
+    subjects = [subject_rows(decoder, tokenizer, s, recipe) for s in group_by_subject((*IMO, *MARTEAU))]
+    rows = [row for s in subjects for row in s.facts]
+    owner = [i for i, s in enumerate(subjects) for _ in s.facts]
+    delta = torch.randn(2, 32)
+    wanted = torch.stack([keys_and_hidden(plain, row, LAYERS[0], LAYERS[-1])[1] for row in rows]).float()
+    factors = write_layers(decoder, rows, owner, wanted, delta, recipe)
+
+    z = wanted.double() + delta.double()[torch.tensor(owner)]
+    for i, layer in enumerate(LAYERS):
+        keys, hidden = zip(*(keys_and_hidden(plain, row, layer, LAYERS[-1]) for row in rows), strict=True)
+        K, R = torch.stack(keys).T, ((z - torch.stack(hidden)) / (len(LAYERS) - i)).T
+        if columns == "mean":
+            groups = [[r for r, s in enumerate(owner) if s == wanted] for wanted in range(2)]
+            K, R = (torch.stack([X[:, g].mean(1) for g in groups], 1) for X in (K, R))
+        dW = R @ K.T @ torch.linalg.inv(0.3 * torch.eye(len(K), dtype=torch.float64) + K @ K.T)
+        weight = plain.model.layers[layer].mlp.down_proj.weight
+        before = weight.detach().clone()
+        weight.data += dW.float()
+        ours = model.model.layers[layer].mlp.down_proj.weight
+        torch.testing.assert_close(ours - before, dW.float(), rtol=1e-3, atol=1e-4 * float(dW.abs().max()))
+        U, V = factors[f"model.layers.{layer}.mlp.down_proj.weight"]
+        torch.testing.assert_close((U @ V).double(), dW, rtol=1e-3, atol=1e-4 * float(dW.abs().max()))
+        assert U.shape[1] <= len(rows)
+
+
+def test_rows_that_begin_alike_are_one_column(make_model, tokenizer):
+    recipe = replace(ROSE, layers=LAYERS)
+    decoder = decoder_of(make_model())
+    rows = subject_rows(decoder, tokenizer, group_by_subject(ALIKE)[0], recipe).facts
+    distinct = len({row.tokens[: row.last + 1] for row in rows})
+    assert distinct < len(rows)
+    factors = write_layers(decoder, rows, [0] * len(rows), torch.randn(len(rows), 32), torch.randn(1, 32), recipe)
+    assert {U.shape[1] for U, _ in factors.values()} == {distinct}
+
+
+def test_all_or_nothing():
+    weight = torch.randn(4, 4)
+    before = weight.clone()
+    with pytest.raises(KeyboardInterrupt), all_or_nothing([weight]):
+        weight.zero_()
+        raise KeyboardInterrupt
+    assert torch.equal(weight, before)
