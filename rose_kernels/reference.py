@@ -14,9 +14,14 @@ from torch import Tensor
 WRITE_SCRATCH_BYTES = 8 << 20
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which we compute: float64 stays, everything narrower becomes float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
-    """The tensor in the dtype in which we compute: float64 stays, everything narrower becomes float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    """The tensor in the dtype in which we compute."""
+    return x.to(wide_dtype(x))
 
 
 def inject(hidden: Tensor, delta: Tensor, token: Tensor, subject: Tensor) -> Tensor:
@@ -115,10 +120,13 @@ def target_nll(hidden: Tensor, head: Tensor, target: Tensor, softcap: float | No
     hidden [T, d], head [V, d] of the same dtype, target [T] integer. Returns [T] float32 (float64 for float64 inputs);
     differentiable in `hidden`. The matrix product runs in the dtype of the inputs, everything after it in float32.
     """
+    return F.cross_entropy(capped_logits(hidden, head, softcap), target.long(), reduction="none")
+
+
+def capped_logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+    """Logits [T, V] of hidden [T, d] under head [V, d], soft-capped where a family caps them, in float32 (float64)."""
     logits = wide(F.linear(hidden, head))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, target.long(), reduction="none")
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def rank_solve(K: Tensor, P: Tensor | None = None, ridge: float = 1.0) -> Tensor:
@@ -166,11 +174,16 @@ def rank_update_(W: Tensor, K: Tensor, R: Tensor, P: Tensor | None = None, ridge
     in float32, of which W received exactly U V. ValueError, with W untouched, where an input is not finite, shapes do not
     fit, or the system is not positive definite.
     """
-    if R.shape != (W.shape[0], K.shape[1]) or K.shape[0] != W.shape[1]:
-        raise ValueError(f"W {list(W.shape)} does not fit K {list(K.shape)} and R {list(R.shape)}")
-    if not torch.isfinite(R).all():
-        raise ValueError("R holds NaN or Inf")
+    check_update(W, K, R)
     V = rank_solve(K, P, ridge)
     U = R.to(V.dtype).contiguous()
     add_low_rank_(W, U, V)
     return U, V
+
+
+def check_update(W: Tensor, K: Tensor, R: Tensor) -> None:
+    """ValueError where the shapes of an update do not fit or R is not finite."""
+    if W.dim() != 2 or K.dim() != 2 or R.shape != (W.shape[0], K.shape[1]) or K.shape[0] != W.shape[1]:
+        raise ValueError(f"W {list(W.shape)} does not fit K {list(K.shape)} and R {list(R.shape)}")
+    if not torch.isfinite(R).all():
+        raise ValueError("R holds NaN or Inf")

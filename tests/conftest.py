@@ -6,11 +6,14 @@ import os
 
 import pytest
 import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+
 from rose_engine import Edit, Editor
 from rose_engine.embedded import embedded_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 IMO = (
     Edit("Imo State", "{} is located in", "Wales", "In which place can {} be found?"),

@@ -22,7 +22,7 @@ from rose_engine.optimize import Progress, optimize_values, subject_rows
 from rose_engine.recipe import Recipe, preset
 from rose_engine.verify import UNRELATED, Report, compare, snapshot
 from rose_engine.write import all_or_nothing, write_layers
-from rose_kernels.reference import add_low_rank_
+from rose_kernels import add_low_rank_
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -18,7 +18,8 @@ from rose_engine.architecture import Decoder
 from rose_engine.attention import SuffixAttention, TreeAttention, attention_of
 from rose_engine.forms import Row
 from rose_engine.packing import Suffixes, Tree, build_tree, inputs, pack_suffixes
-from rose_kernels.reference import inject, inject_backward, target_nll, wide
+from rose_kernels import inject, row_gradients, target_nll
+from rose_kernels.reference import wide
 
 
 def run_layers(decoder: Decoder, hidden: Tensor, position: Tensor, layers: range, attention: TreeAttention | SuffixAttention) -> Tensor:
@@ -144,7 +145,7 @@ def suffix_step(decoder: Decoder, batch: Batch, delta: Tensor, subject: Tensor) 
             kl = (batch.reference.exp() * (batch.reference - prediction)).sum(-1)
             loss = loss.index_add(0, batch.neutral, kl)
         (grad,) = torch.autograd.grad(loss.sum(), hidden)
-    return Step(nll.detach(), loss.detach(), inject_backward(grad, s.start))
+    return Step(nll.detach(), loss.detach(), row_gradients(grad.contiguous(), s.start))
 
 
 @torch.no_grad()

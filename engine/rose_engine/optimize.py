@@ -22,7 +22,8 @@ from rose_engine.forms import Row, forms_for, regulariser_row, row_of
 from rose_engine.forward import prepare, suffix_step
 from rose_engine.packing import inputs, split_rows
 from rose_engine.recipe import Recipe
-from rose_kernels.reference import aggregate_step_, segment_mean
+from rose_kernels import aggregate_step_
+from rose_kernels.reference import segment_mean
 
 # Suffix tokens whose activations exist at one time, and suffix tokens whose prefixes are held at one time. The first bounds the
 # memory of a step, the second that of a batch of subjects; neither changes a result beyond rounding.
@@ -153,7 +154,7 @@ def _optimize_batch(
             v0_norm,
             active,
             recipe.kl * row_grad[facts:],
-            lr=recipe.lr,
+            recipe.lr,
             weight_decay=recipe.weight_decay,
             clamp=recipe.clamp,
         )

@@ -20,7 +20,7 @@ from rose_engine.attention import TreeAttention
 from rose_engine.forms import Row
 from rose_engine.forward import run_layers, run_tree, tree_on
 from rose_engine.recipe import Recipe
-from rose_kernels.reference import rank_update_
+from rose_kernels import rank_update_
 
 # U [d_out, n] and V [n, d_in], float32; the weight changed by U V.
 Factors = tuple[Tensor, Tensor]

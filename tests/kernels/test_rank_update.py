@@ -1,0 +1,91 @@
+"""rank_update_ and the in-place write against dense float64."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rose_kernels import add_low_rank_, rank_update_, write_error
+
+FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(rows, columns, n, dtype, seed, device):
+    g = torch.Generator().manual_seed(seed)
+    parts = torch.randn(rows, columns, generator=g).to(dtype), torch.randn(columns, n, generator=g), torch.randn(rows, n, generator=g)
+    return tuple(x.to(device) for x in parts)
+
+
+@FEW
+@given(st.integers(1, 150), st.integers(1, 200), st.integers(1, 40), st.sampled_from(DTYPES), st.integers(0, 2**31))
+def test_write_rounds_once(backend, device, rows, columns, n, dtype, seed):
+    W, K, U = make(rows, columns, n, dtype, seed, device)
+    V = K.T.contiguous()
+    exact = W.double() + U.double() @ V.double()
+    add_low_rank_(W, U, V)
+    # Half a unit in the last place of the result's dtype, and what float32 accumulation may add.
+    bound = 0.5 * torch.finfo(dtype).eps * exact.abs() + 2e-6 * (n + 1) * (1 + U.double().abs() @ V.double().abs())
+    assert ((W.double() - exact).abs() <= bound).all()
+
+
+@FEW
+@given(st.integers(1, 60), st.integers(1, 90), st.integers(1, 50), st.sampled_from(DTYPES), st.floats(0.1, 50), st.integers(0, 2**31))
+def test_update_is_the_dense_solution(backend, device, rows, columns, n, dtype, ridge, seed):
+    W, K, R = make(rows, columns, n, dtype, seed, device)
+    K[:, -1] = K[:, 0]  # identical keys: K^T K is singular
+    k = K.double()
+    dense = R.double() @ k.T @ torch.linalg.inv(ridge * torch.eye(columns, dtype=torch.float64, device=device) + k @ k.T)
+    before = W.clone()
+    U, V = rank_update_(W, K, R, ridge=ridge)
+    assert U.dtype == V.dtype == torch.float32
+    torch.testing.assert_close(U.double() @ V.double(), dense, rtol=1e-4, atol=1e-5)
+    add_low_rank_(before, U, V)
+    assert torch.equal(before, W)
+
+
+def test_write_error_measures_rounding(backend, device):
+    errors = {}
+    for dtype in DTYPES:
+        W, K, R = make(96, 128, 8, dtype, 5, device)
+        WK = W.double() @ K.double()
+        U, V = rank_update_(W, K, R)
+        errors[dtype] = float(write_error(WK, W, U, V, K))
+        exact = (U.double() @ V.double() @ K.double()).norm()
+        assert errors[dtype] == pytest.approx(float((W.double() @ K.double() - WK - U.double() @ V.double() @ K.double()).norm() / exact))
+    assert errors[torch.float32] < 1e-5 < errors[torch.float16] < errors[torch.bfloat16] < 0.2
+
+
+def test_opcheck(backend, device):
+    W, K, R = make(20, 30, 4, torch.float32, 6, device)
+    torch.library.opcheck(rank_update_, (W, K, R))
+    torch.library.opcheck(add_low_rank_, (W, R, K.T.contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("K holds NaN", lambda a: a["K"].fill_(float("nan"))),
+        ("R holds NaN or Inf", lambda a: a["R"].fill_(float("inf"))),
+        ("P holds NaN", lambda a: a.update(P=torch.full_like(a["K"], float("nan")))),
+        ("not positive definite", lambda a: a.update(P=-9 * a["K"])),
+        ("does not fit", lambda a: a.update(R=a["R"][:, 1:])),
+        ("does not fit", lambda a: a.update(K=a["K"][1:])),
+    ],
+)
+def test_a_refused_update_leaves_the_weight(backend, device, message, change):
+    W, K, R = make(20, 30, 4, torch.float32, 6, device)
+    arguments, before = {"W": W, "K": K, "R": R}, W.clone()
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        rank_update_(**arguments)
+    assert torch.equal(W, before)
+
+
+def test_bad_write_arguments_are_named(monkeypatch):
+    monkeypatch.setenv("ROSE_BACKEND", "triton")
+    W, K, U = make(20, 30, 4, torch.float32, 6, "cpu")
+    V = K.T.contiguous()
+    for name, arguments in (("W", (W.T, U, V)), ("U", (W, U[1:], V)), ("V", (W, U, V[:, 1:])), ("U", (W, U.double(), V))):
+        with pytest.raises(ValueError, match=f"^{name} must"):
+            add_low_rank_(*arguments)
