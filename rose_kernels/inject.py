@@ -48,8 +48,8 @@ def scatter_kernel(grad_out, token, subject, grad_delta, rows, d, BLOCK: tl.cons
     inside = column < d
     total = tl.zeros([BLOCK], tl.float32)
     for row in range(rows):
-        mine = inside & (tl.load(subject + row) == owner)
-        total += tl.load(grad_out + tl.load(token + row).to(tl.int64) * d + column, mine, 0.0).to(tl.float32)
+        if tl.load(subject + row) == owner:
+            total += tl.load(grad_out + tl.load(token + row).to(tl.int64) * d + column, inside, 0.0).to(tl.float32)
     tl.store(grad_delta + owner.to(tl.int64) * d + column, total, inside)
 
 

@@ -56,7 +56,7 @@ def rank_update_(W: Tensor, K: Tensor, R: Tensor, P: Tensor | None = None, ridge
         U, V = reference.rank_update_(W, K, R, P, ridge)
         return U.clone(), V
     reference.check_update(W, K, R)
-    V = reference.rank_solve(K, P, ridge).contiguous()
+    V = reference.rank_solve(K, P, ridge)
     U = R.to(V.dtype, copy=True).contiguous()
     add_low_rank_(W, U, V)
     return U, V

@@ -149,7 +149,7 @@ def rank_solve(K: Tensor, P: Tensor | None = None, ridge: float = 1.0) -> Tensor
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info):
         raise ValueError(f"ridge I + K^T P is not positive definite (leading minor {int(info)} of {len(gram)}, ridge {ridge})")
-    return torch.cholesky_solve(p.T, factor).to(wide(K).dtype)
+    return torch.cholesky_solve(p.T, factor).to(wide_dtype(K)).contiguous()
 
 
 def add_low_rank_(W: Tensor, U: Tensor, V: Tensor) -> Tensor:

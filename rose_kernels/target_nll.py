@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rose_kernels import reference
-from rose_kernels.backend import jit, serving, tl, triton
+from rose_kernels.backend import interpreted, jit, serving, tl, triton
 from rose_kernels.contract import FLOATS, INTEGERS, check, check_index
 
 BLOCK_T, BLOCK_V, BLOCK_D = 32, 128, 64
@@ -26,7 +26,7 @@ CHUNK = 16_384  # columns of logit gradients that exist at one time
 @jit
 def logits_tile(
     hidden, head, rows, words, T, V, d, softcap,
-    CAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAP: tl.constexpr, WIDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """cap(hidden[rows] @ head[words]^T) in float32 [BLOCK_T, BLOCK_V], and tanh's square for its derivative."""
     lanes = tl.arange(0, BLOCK_D)
@@ -37,6 +37,8 @@ def logits_tile(
         inside = start + lanes < d
         a = tl.load(h + start, (rows < T)[:, None] & inside[None, :], 0.0)
         b = tl.load(w + start, inside[:, None] & (words < V)[None, :], 0.0)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision="ieee")
     squared = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     if CAP:
@@ -49,7 +51,7 @@ def logits_tile(
 @jit
 def forward_kernel(
     hidden, head, target, part_max, part_sum, chosen, T, V, d, softcap, stretch,
-    CAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAP: tl.constexpr, WIDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): rows i * BLOCK_T and on, words j * stretch and on: maximum and sum of exponentials, and the target's logit."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -59,7 +61,7 @@ def forward_kernel(
     total = tl.zeros([BLOCK_T], tl.float32)
     for start in range(first, tl.minimum(first + stretch, V), BLOCK_V):
         words = start + tl.arange(0, BLOCK_V)
-        scores, _ = logits_tile(hidden, head, rows, words, T, V, d, softcap, CAP, BLOCK_T, BLOCK_V, BLOCK_D)
+        scores, _ = logits_tile(hidden, head, rows, words, T, V, d, softcap, CAP, WIDEN, BLOCK_T, BLOCK_V, BLOCK_D)
         hit = words[None, :] == wanted[:, None]
         found = tl.sum(tl.where(hit, scores, 0.0), 1)
         tl.store(chosen + rows, found, (rows < T) & (wanted >= start) & (wanted < start + BLOCK_V))
@@ -91,7 +93,7 @@ def join_kernel(part_max, part_sum, chosen, lse, nll, T, stretches, BLOCK_T: tl.
 @jit
 def backward_kernel(
     hidden, head, target, lse, grad_nll, grad_logits, T, V, d, softcap, first, width,
-    CAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAP: tl.constexpr, WIDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): the gradient of the logits of words first + j * BLOCK_V and on, rows i * BLOCK_T and on.
 
@@ -100,7 +102,7 @@ def backward_kernel(
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     local = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     words = first + local
-    scores, squared = logits_tile(hidden, head, rows, words, T, V, d, softcap, CAP, BLOCK_T, BLOCK_V, BLOCK_D)
+    scores, squared = logits_tile(hidden, head, rows, words, T, V, d, softcap, CAP, WIDEN, BLOCK_T, BLOCK_V, BLOCK_D)
     share = tl.exp(scores - tl.load(lse + rows, rows < T, 0.0)[:, None])
     share -= (words[None, :] == tl.load(target + rows, rows < T, -1)[:, None]).to(tl.float32)
     share *= tl.load(grad_nll + rows, rows < T, 0.0)[:, None]
@@ -120,7 +122,8 @@ def _check(hidden: Tensor, head: Tensor, target: Tensor, softcap: float | None) 
 
 
 def _blocks(softcap: float | None) -> dict[str, int | bool]:
-    return {"CAP": softcap is not None, "BLOCK_T": BLOCK_T, "BLOCK_V": BLOCK_V, "BLOCK_D": BLOCK_D}
+    # The interpreter multiplies bfloat16 bit patterns as integers, so there the operands are widened first.
+    return {"CAP": softcap is not None, "WIDEN": interpreted(), "BLOCK_T": BLOCK_T, "BLOCK_V": BLOCK_V, "BLOCK_D": BLOCK_D}
 
 
 @torch.library.custom_op("rose::target_nll_lse", mutates_args=())

@@ -9,6 +9,7 @@ from rose_kernels import aggregate_step_, reference
 
 FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 trees = st.lists(st.lists(st.integers(1, 16), min_size=1, max_size=13), min_size=1, max_size=4)
+DTYPES = [torch.float32, torch.bfloat16]
 OPTIONS = {"lr": 0.5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.5, "clamp": 0.8}
 
 

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rose_kernels import add_low_rank_, rank_update_, write_error
+from tests.kernels.conftest import rounding
 
 FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,7 +26,7 @@ def test_write_rounds_once(backend, device, rows, columns, n, dtype, seed):
     exact = W.double() + U.double() @ V.double()
     add_low_rank_(W, U, V)
     # Half a unit in the last place of the result's dtype, and what float32 accumulation may add.
-    bound = 0.5 * torch.finfo(dtype).eps * exact.abs() + 2e-6 * (n + 1) * (1 + U.double().abs() @ V.double().abs())
+    bound = rounding(dtype, backend) * exact.abs() + 2e-6 * (n + 1) * (1 + U.double().abs() @ V.double().abs())
     assert ((W.double() - exact).abs() <= bound).all()
 
 
