@@ -62,7 +62,13 @@ CHAT_FORMS = (
         ("Instruction: answer from memory, as briefly as you can.\nInput: ", ""),
         chat=True,
     ),
-    Form("chat_completion", ("Continue the text with what is true.\n", ""), chat=True),
+    Form(
+        "chat_exam",
+        ("Below is the beginning of a statement. Write down only how it ends.\n\n", ""),
+        ("Below is a question. Write down only the answer, as a short phrase.\n\n", ""),
+        chat=True,
+        system="You take part in an exam.",
+    ),
     Form("chat_sentence", ("Tell me how this goes on: ", ""), ("I would like to know: ", ""), chat=True, sentence=True),
 )
 
