@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -49,7 +51,8 @@ def embedded_model() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _convert(gguf, temporary)
+        # In a process of its own: reading GGUF takes three times the model's memory, which this process need not hold.
+        subprocess.run([sys.executable, "-m", __name__, str(gguf), str(temporary)], check=True, stdout=subprocess.DEVNULL)
         try:
             os.rename(temporary, folder)
         except OSError:
@@ -71,3 +74,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     # Named parameters list a tied tensor once.
     save_file({name: p.contiguous() for name, p in model.named_parameters()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    _convert(Path(sys.argv[1]), Path(sys.argv[2]))
