@@ -1,8 +1,7 @@
 """Which implementation serves an operator on a device.
 
 CUDA tensors are served by Triton, CPU tensors by the plain PyTorch of `reference`. `ROSE_BACKEND` (`reference` or `triton`) overrides both;
-Triton on the CPU needs its interpreter, `TRITON_INTERPRET=1` before the first import. Triton is imported only where it can serve:
-it takes 70 MB and half a second.
+Triton on the CPU needs its interpreter, `TRITON_INTERPRET=1` before the first import. Machines without Triton never import it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ HAVE_TRITON = importlib.util.find_spec("triton") is not None
 OPERATORS = ("inject", "aggregate_step_", "target_nll", "rank_update_")
 BACKENDS = ("reference", "triton")
 
-if HAVE_TRITON and (torch.cuda.is_available() or os.environ.get("ROSE_BACKEND") == "triton" or os.environ.get("TRITON_INTERPRET") == "1"):
+if HAVE_TRITON:
     import triton
     import triton.language as tl
 

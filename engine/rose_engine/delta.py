@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,22 @@ class Delta:
     """Factors of each edited weight by state-dict name: (U [d_out, n], V [n, d_in]), float32, and metadata.
 
     metadata: JSON values. `base` holds, for each edited weight of the model the delta was made on, name, shape, dtype and SHA-256;
-    `edits`, `recipe`, `report`, `versions` and `created` say what was done.
+    `parents` the ids of the deltas that were in the weights then; `edits`, `recipe`, `report`, `versions` and `created` say what
+    was done.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
     metadata: Mapping[str, Any]
+
+    @cached_property
+    def id(self) -> str:
+        """The SHA-256 of the factors, by which other deltas name this one."""
+        digest = hashlib.sha256()
+        for name, factors in sorted(self.factors.items()):
+            digest.update(name.encode())
+            for factor in factors:
+                digest.update(_bytes(factor))
+        return digest.hexdigest()
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +90,9 @@ def _metadata(header: dict[str, str] | None, path: str | Path) -> dict[str, Any]
         raise DeltaError(f"{path}: its metadata is not JSON: {e}") from e
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise DeltaError(f"{path}: is not of delta format {FORMAT}")
+    parents = metadata.get("parents")
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise DeltaError(f"{path}: does not say which edits it stands on")
     base = metadata.get("base")
     keys = {"name": str, "shape": list, "dtype": str, "sha256": str}
     if not isinstance(base, list) or not base:
@@ -102,6 +117,11 @@ def _check_factors(U: Tensor, V: Tensor, record: Mapping[str, Any], path: str | 
         raise DeltaError(f"{path}: the factors of `{name}` hold NaN or Inf")
 
 
+def _bytes(x: Tensor):
+    """The bytes of a tensor, row by row, as an array of uint8."""
+    return x.detach().contiguous().cpu().view(torch.uint8).numpy()
+
+
 def fingerprint(weights: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """What identifies a base: name, shape, dtype and the SHA-256 of the bytes of each weight, in the given order."""
     return [
@@ -109,7 +129,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> list[dict[str, Any]]:
             "name": name,
             "shape": list(weight.shape),
             "dtype": str(weight.dtype).removeprefix("torch."),
-            "sha256": hashlib.sha256(weight.detach().contiguous().cpu().view(torch.uint8).numpy()).hexdigest(),
+            "sha256": hashlib.sha256(_bytes(weight)).hexdigest(),
         }
         for name, weight in weights.items()
     ]

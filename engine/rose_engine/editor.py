@@ -131,11 +131,12 @@ class Editor:
             factors = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe)
             clock("write")
             after = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
+            report = compare(edits, unrelated, before, after) if before and after else None
             clock("verify")
-        report = compare(edits, unrelated, before, after) if before and after else None
         metadata = {
             "format": FORMAT,
             "base": [self._base_record[name] for name in factors],
+            "parents": [delta.id for delta in self._applied],
             "edits": [edit.as_dict() for edit in edits],
             "recipe": recipe.as_dict(),
             "report": report.as_dict() if report else None,
@@ -148,7 +149,8 @@ class Editor:
         return Result(delta, report, clock.seconds, values.steps.tolist(), values.loss.tolist())
 
     def load(self, delta: Delta) -> None:
-        """Write a delta, as made by `apply` on the same base, into the model. DeltaError where it belongs to another base."""
+        """Write a delta, as made by `apply`, into the model: the same bits. DeltaError where it belongs to another base, or was made
+        on top of other edits than those that are in the weights."""
         layers = self._check_base(delta)
         with all_or_nothing(self.weights(layers).values()):
             self._add(delta)
@@ -226,6 +228,9 @@ class Editor:
                 ours = self._base_record[record["name"]]
                 what = next(k for k in ("shape", "dtype", "sha256") if ours[k] != record[k])
                 raise DeltaError(f"the delta belongs to another base: {what} of `{record['name']}` is {ours[what]}, not {record[what]}")
+        parents = delta.metadata["parents"]
+        if parents != [other.id for other in self._applied]:
+            raise DeltaError(f"the delta was made on top of {len(parents)} other edits; load those first, in their order, and no others")
         return layers
 
 

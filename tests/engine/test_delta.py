@@ -14,7 +14,7 @@ NAME = "model.layers.4.mlp.down_proj.weight"
 def make(n: int = 3) -> Delta:
     weight = torch.randn(6, 10)
     factors = {NAME: (torch.randn(6, n), torch.randn(n, 10))}
-    return Delta(factors, {"format": 1, "base": fingerprint({NAME: weight}), "edits": [{"subject": "{🙂}\n"}]})
+    return Delta(factors, {"format": 1, "base": fingerprint({NAME: weight}), "parents": [], "edits": [{"subject": "{🙂}\n"}]})
 
 
 def test_round_trip(tmp_path):
@@ -56,6 +56,7 @@ def broken(change):
     [
         (lambda m, t: m.update(format=2), "format 1"),
         (lambda m, t: m.pop("base"), "names no weights"),
+        (lambda m, t: m.update(parents=[1]), "stands on"),
         (lambda m, t: m["base"][0].pop("sha256"), "incomplete"),
         (lambda m, t: m["base"][0].update(shape=[6]), "not that of a matrix"),
         (lambda m, t: m["base"].append(m["base"][0]), "twice"),

@@ -70,6 +70,18 @@ def test_a_saved_delta_makes_the_same_bits(make_model, tokenizer, tmp_path):
     assert same(bits(two), base)
 
 
+def test_a_delta_on_top_of_others_wants_them(make_model, tokenizer):
+    one, two = (Editor(make_model(initializer_range=0.2), tokenizer, TINY) for _ in range(2))
+    first, second = (one.apply(edits, verify=False).delta for edits in (IMO, LIN))
+    before = bits(two)
+    with pytest.raises(DeltaError, match="on top of 1 other"):
+        two.load(second)
+    assert same(before, bits(two))
+    two.load(first)
+    two.load(second)
+    assert same(bits(one), bits(two))
+
+
 def test_another_base_is_refused(editor, make_model, tokenizer):
     delta = editor.apply(MARTEAU, verify=False).delta
     for other, message in (
@@ -84,22 +96,21 @@ def test_another_base_is_refused(editor, make_model, tokenizer):
         assert same(before, bits(stranger)) and stranger.applied == ()
 
 
-@pytest.mark.parametrize("stage", ["optimize_values", "write_layers", "compare"])
-def test_a_failure_at_any_stage_leaves_every_bit(editor, monkeypatch, stage):
-    before = bits(editor)
+@pytest.mark.parametrize(("stage", "call"), [("snapshot", 1), ("optimize_values", 1), ("write_layers", 1), ("snapshot", 2), ("compare", 1)])
+def test_a_failure_at_any_stage_leaves_every_bit(editor, monkeypatch, stage, call):
+    """The stage does its work and then fails, at its first or second call (`snapshot` is called before and after the write)."""
+    before, calls = bits(editor), []
     real = getattr(editor_module, stage)
 
-    def fail(*args, **kwargs):
-        real(*args, **kwargs)
-        raise RuntimeError("stopped")
+    def fails(*args, **kwargs):
+        calls.append(stage)
+        result = real(*args, **kwargs)
+        if len(calls) == call:
+            raise RuntimeError("stopped")
+        return result
 
-    if stage == "compare":  # the second snapshot, after the write
-        calls = []
-        real = editor_module.snapshot
-        monkeypatch.setattr(editor_module, "snapshot", lambda *a: calls.append(0) or (real(*a) if len(calls) < 2 else fail()))
-    else:
-        monkeypatch.setattr(editor_module, stage, fail)
-    with pytest.raises((RuntimeError, TypeError)):
+    monkeypatch.setattr(editor_module, stage, fails)
+    with pytest.raises(RuntimeError, match="stopped"):
         editor.apply(IMO)
     assert same(bits(editor), before) and editor.applied == ()
 
