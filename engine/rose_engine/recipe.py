@@ -15,8 +15,7 @@ from transformers import PretrainedConfig
 class Recipe:
     """How a value is optimised and how it is written.
 
-    forms: linguistic forms under each relation. steps, lr: Adam's; the rate falls linearly to lr_end * lr at
-    the last step. weight_decay (wd), kl: the regularisers' weights. clamp (c): the
+    forms: linguistic forms under each relation. steps, lr: Adam's. weight_decay (wd), kl: the regularisers' weights. clamp (c): the
     value stays within clamp * ||v0|| of v0. stop_loss: a subject leaves once the mean of its relations' losses is below; 0 keeps
     it to the last step.
     layers: the edited layers; the last is L. columns: "row" writes one key for each fact in a form, "mean" one for a subject.
@@ -27,7 +26,6 @@ class Recipe:
     forms: int = 8
     steps: int = 35
     lr: float = 0.5
-    lr_end: float = 1.0
     weight_decay: float = 0.5
     kl: float = 0.0625
     clamp: float = 4.0
@@ -41,7 +39,7 @@ class Recipe:
             raise ValueError(f"layers must be ascending layer numbers, given {self.layers}")
         if self.columns not in ("row", "mean"):
             raise ValueError(f"columns must be 'row' or 'mean', given {self.columns!r}")
-        for name in ("steps", "lr", "lr_end", "clamp", "ridge"):
+        for name in ("steps", "lr", "clamp", "ridge"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, given {getattr(self, name)}")
         for name in ("weight_decay", "kl", "stop_loss"):
@@ -53,10 +51,6 @@ class Recipe:
         """L, the layer after which the value is read and injected."""
         return self.layers[-1]
 
-    def rate(self, step: int) -> float:
-        """Adam's rate at a step, 0 .. steps - 1."""
-        return self.lr * (1 - (1 - self.lr_end) * step / max(1, self.steps - 1))
-
     def as_dict(self) -> dict[str, Any]:
         """Every field, for metadata."""
         return asdict(self)
@@ -64,7 +58,7 @@ class Recipe:
 
 ROSE = Recipe()
 # Chosen on same-subject data; what was tried stands in docs/smollm2-preset.md.
-SMOLLM2 = replace(ROSE, name="rose-smollm2", steps=45, lr=1.0, lr_end=0.2, ridge=10.0)
+SMOLLM2 = replace(ROSE, name="rose-smollm2", steps=50, lr=1.0, ridge=10.0)
 
 
 def preset(config: PretrainedConfig) -> Recipe:
