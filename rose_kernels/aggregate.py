@@ -11,15 +11,23 @@ contract: `reference.aggregate_step_`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from rose_kernels import reference
-from rose_kernels.backend import jit, serving, tl
+from rose_kernels.backend import jit, on_device, serving, tl
 from rose_kernels.contract import FLOATS, INTEGERS, check, check_offsets
 
 BLOCK = 512
 STATE = (torch.float32,)
+
+
+@jit
+def one_minus_exp(x):
+    """1 - exp(x) for x <= 0: near 0 by its series, where the difference would cancel in float32."""
+    return tl.where(x > -0.05, -x * (1 + x * (0.5 + x * (1 / 6 + x / 24))), 1 - tl.exp(x))
 
 
 @jit
@@ -50,8 +58,8 @@ def aggregate_kernel(
         decay = tl.where(norm > 0, weight_decay / (tl.maximum(norm, 1e-38) * radius * radius), 0.0)
 
         count = tl.load(step + subject) + 1
-        correction1 = 1 - tl.exp(count.to(tl.float32) * log_beta1)
-        correction2 = 1 - tl.exp(count.to(tl.float32) * log_beta2)
+        correction1 = one_minus_exp(count.to(tl.float32) * log_beta1)
+        correction2 = one_minus_exp(count.to(tl.float32) * log_beta2)
         relations = (last_relation - first_relation).to(tl.float32)
         squares = tl.zeros([BLOCK], tl.float32)
         for start in range(0, d, BLOCK):
@@ -135,13 +143,12 @@ def aggregate_step_(
     subjects, d = delta.shape
     centroids = row_grad.new_empty(len(relation_offset) - 1, d, dtype=torch.float32)
     if subjects:
-        # float64 on the host, float32 in the kernel: beta^t as exp(t log beta) keeps the bias correction exact for any t.
-        log_beta1, log_beta2 = (torch.tensor(b, dtype=torch.float64).log().item() for b in (beta1, beta2))
-        aggregate_kernel[(subjects,)](
-            *arrays[:9], delta if extra_grad is None else extra_grad, centroids,
-            d, lr, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, clamp,
-            HAS_EXTRA=extra_grad is not None, BLOCK=BLOCK,
-        )  # fmt: skip
+        with on_device(row_grad):
+            aggregate_kernel[(subjects,)](
+                *arrays[:9], delta if extra_grad is None else extra_grad, centroids,
+                d, lr, beta1, beta2, math.log(beta1), math.log(beta2), eps, weight_decay, clamp,
+                HAS_EXTRA=extra_grad is not None, BLOCK=BLOCK,
+            )  # fmt: skip
     return centroids
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import nullcontext
 
 import torch
 
@@ -47,6 +48,11 @@ def serving(device: torch.device | str) -> str:
     if wanted == "triton" and kind == "cpu" and not interpreted():
         raise BackendError("ROSE_BACKEND is triton, which serves CPU tensors in its interpreter alone: set TRITON_INTERPRET=1")
     return wanted or ("triton" if kind == "cuda" and HAVE_TRITON else "reference")
+
+
+def on_device(x: torch.Tensor):
+    """A context in which Triton launches on the device of `x`; it takes the current one otherwise."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from rose_kernels import reference
-from rose_kernels.backend import jit, serving, tl, triton
+from rose_kernels.backend import jit, on_device, serving, tl, triton
 from rose_kernels.contract import FLOATS, INTEGERS, check, check_index
 
-BLOCK = 1024  # features a program: 4 a thread for 8 warps, 16-byte accesses in float32
+BLOCK = 1024  # features a program: 8 a thread for 4 warps: 16-byte accesses in bfloat16
 
 
 @jit
@@ -65,7 +65,8 @@ def _check(hidden: Tensor, delta: Tensor, token: Tensor, subject: Tensor) -> Non
 def _add_(out: Tensor, delta: Tensor, token: Tensor, subject: Tensor) -> None:
     d = out.shape[1]
     if len(token) and d:
-        inject_kernel[(len(token), triton.cdiv(d, BLOCK))](out, delta, token, subject, d, BLOCK=BLOCK)
+        with on_device(out):
+            inject_kernel[(len(token), triton.cdiv(d, BLOCK))](out, delta, token, subject, d, BLOCK=BLOCK)
 
 
 @torch.library.custom_op("rose::inject", mutates_args=())
@@ -100,7 +101,8 @@ def row_gradients(grad_out: Tensor, token: Tensor) -> Tensor:
     d = grad_out.shape[1]
     row_grad = grad_out.new_empty(len(token), d, dtype=torch.float32)
     if row_grad.numel():
-        gather_kernel[(len(token), triton.cdiv(d, BLOCK))](grad_out, token, row_grad, d, BLOCK=BLOCK)
+        with on_device(grad_out):
+            gather_kernel[(len(token), triton.cdiv(d, BLOCK))](grad_out, token, row_grad, d, BLOCK=BLOCK)
     return row_grad
 
 
@@ -118,7 +120,8 @@ def subject_gradients(grad_out: Tensor, token: Tensor, subject: Tensor, subjects
     d = grad_out.shape[1]
     grad_delta = grad_out.new_empty(subjects, d, dtype=torch.float32)
     if grad_delta.numel():
-        scatter_kernel[(subjects, triton.cdiv(d, BLOCK))](grad_out, token, subject, grad_delta, len(token), d, BLOCK=BLOCK)
+        with on_device(grad_out):
+            scatter_kernel[(subjects, triton.cdiv(d, BLOCK))](grad_out, token, subject, grad_delta, len(token), d, BLOCK=BLOCK)
     return grad_delta
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rose_kernels import reference
-from rose_kernels.backend import jit, serving, tl, triton
+from rose_kernels.backend import jit, on_device, serving, tl, triton
 from rose_kernels.contract import FLOATS, check
 
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 64, 16
@@ -46,7 +46,8 @@ def add_low_rank_(W: Tensor, U: Tensor, V: Tensor) -> None:
     (rows, columns), n = W.shape, U.shape[1]
     if W.numel() and n:
         grid = (triton.cdiv(columns, BLOCK_N), triton.cdiv(rows, BLOCK_M))
-        write_kernel[grid](W, U, V, rows, columns, n, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
+        with on_device(W):
+            write_kernel[grid](W, U, V, rows, columns, n, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
 
 
 @torch.library.custom_op("rose::rank_update_", mutates_args=("W",))
@@ -76,7 +77,8 @@ def _(W, K, R, P=None, ridge=1.0):
 def write_error(WK: Tensor, W: Tensor, U: Tensor, V: Tensor, K: Tensor) -> Tensor:
     """What rounding leaves of the write on its own keys: ||W' K - (W K + U V K)|| / ||U V K||, a float64 scalar tensor.
 
-    WK [d_out, n]: the product before the write, in float64; W [d_out, d_in]: the weight after it. 0 where nothing was rounded.
+    WK [d_out, n]: the product before the write, in float64; W [d_out, d_in]: the weight after it. 0 where nothing
+    was rounded; the change must not be zero.
     """
     change = U.double() @ (V.double() @ K.double())
     return (W.double() @ K.double() - WK - change).norm() / change.norm()

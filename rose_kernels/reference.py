@@ -6,6 +6,8 @@ is carried out in float32, or in float64 where an input is float64. Nothing here
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,9 +99,10 @@ def aggregate_step_(
     grad = grad + torch.where(norm > 0, decay, 0.0)
 
     t = (step + 1).to(delta.dtype)[:, None]
+    correction1, correction2 = -torch.expm1(t * math.log(beta1)), -torch.expm1(t * math.log(beta2))
     m = beta1 * exp_avg + (1 - beta1) * grad
     v = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
-    new = delta - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+    new = delta - lr * (m / correction1) / ((v / correction2).sqrt() + eps)
     limit = clamp * v0_norm[:, None]
     length = new.norm(dim=-1, keepdim=True)
     new = torch.where(length > limit, new * (limit / length), new)

@@ -5,7 +5,8 @@
 
 Forward: each program walks a stretch of the vocabulary with a running maximum and sum (online log-sum-exp) and keeps no logits; a second
 kernel joins the stretches. Backward: a chunk of the vocabulary at a time, one kernel recomputes the logits and writes
-their gradient, and a library matrix product takes it to `hidden`. Products are accumulated in float32; no more than a
+their gradient, and a library matrix product takes it to `hidden`. Products are accumulated in float32 (a chunk's part of the gradient
+is rounded to the dtype of `hidden` before it is added in float32); no more than a
 [T, CHUNK] piece of anything as wide as the vocabulary exists. Definition: `reference.target_nll`.
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rose_kernels import reference
-from rose_kernels.backend import interpreted, jit, serving, tl, triton
+from rose_kernels.backend import interpreted, jit, on_device, serving, tl, triton
 from rose_kernels.contract import FLOATS, INTEGERS, check, check_index
 
 BLOCK_T, BLOCK_V, BLOCK_D = 32, 128, 64
@@ -140,10 +141,11 @@ def target_nll_lse(hidden: Tensor, head: Tensor, target: Tensor, softcap: float 
     part_max, part_sum = hidden.new_empty(2, stretches, T, dtype=torch.float32)
     chosen, lse, nll = hidden.new_empty(3, T, dtype=torch.float32)
     if T:
-        forward_kernel[(triton.cdiv(T, BLOCK_T), stretches)](
-            hidden, head, target, part_max, part_sum, chosen, T, V, d, softcap or 1.0, stretch, **_blocks(softcap)
-        )
-        join_kernel[(triton.cdiv(T, BLOCK_T),)](part_max, part_sum, chosen, lse, nll, T, stretches, BLOCK_T=BLOCK_T)
+        with on_device(hidden):
+            forward_kernel[(triton.cdiv(T, BLOCK_T), stretches)](
+                hidden, head, target, part_max, part_sum, chosen, T, V, d, softcap or 1.0, stretch, **_blocks(softcap)
+            )
+            join_kernel[(triton.cdiv(T, BLOCK_T),)](part_max, part_sum, chosen, lse, nll, T, stretches, BLOCK_T=BLOCK_T)
     return nll.clone(), lse.clone()
 
 

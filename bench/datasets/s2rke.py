@@ -73,7 +73,12 @@ def _subject(record: dict, source: str) -> SubjectCases:
     cases = []
     for fact in record["Star_Topology"]:
         rewrite = fact["requested_rewrite"]
-        edit = Edit(name, rewrite["prompt"], rewrite["target_new"], fact.get("edit_question"), rewrite["relation"], source=source)
-        neighbours = tuple(zip(fact["neighborhood_prompts"], fact["neighborhood_targets"], strict=False))
+        question = fact.get("edit_question")
+        question = question if question and name in question else None  # a question about "him" cannot be used while editing
+        edit = Edit(name, rewrite["prompt"], rewrite["target_new"], question, rewrite["relation"], source=source)
+        prompts, answers = fact["neighborhood_prompts"], fact["neighborhood_targets"]
+        if len(prompts) != len(answers):
+            raise DataError(f"{source}: {len(prompts)} neighbourhood prompts but {len(answers)} targets")
+        neighbours = tuple(zip(prompts, answers, strict=True))
         cases.append(Case(edit, tuple(fact["paraphrase_prompts"]), tuple(fact["question_prompts"]), neighbours))
     return SubjectCases(name, tuple(cases))

@@ -1,4 +1,7 @@
-"""target_nll, forward and backward: bytes are the head, read once each way; multiply-adds 2 T V d forward, twice that backward."""
+"""target_nll, forward and backward: bytes are the head, read once forward and twice backward (logits, gradient).
+
+Multiply-adds: T V d forward, twice that backward.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one shape. ours, plain: no arguments, run it once; setup, if given, runs before each and is not timed."""
+    """One operator at one shape. ours, plain: no arguments, run it once."""
 
     kernel: str
     shape: str
@@ -47,7 +47,7 @@ def device_name() -> str | None:
     return next((key for key in DEVICES if key in torch.cuda.get_device_name()), None)
 
 
-def seconds(run: Callable[[], Any], repeats: int = 30) -> float:
+def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
     """Median seconds of a run: CUDA events with a cold L2 cache on a GPU, the clock on a CPU."""
     if torch.cuda.is_available():
         from triton.testing import do_bench
@@ -55,7 +55,7 @@ def seconds(run: Callable[[], Any], repeats: int = 30) -> float:
         return do_bench(run, warmup=50, rep=200, return_mode="median") / 1e3
     run()
     times = []
-    for _ in range(min(repeats, 3)):
+    for _ in range(repeats):
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)

@@ -17,7 +17,7 @@ import torch
 from rose_engine.editor import Editor
 from rose_engine.edits import Edit
 from rose_engine.files import replacing
-from rose_engine.forms import Form, row_of
+from rose_engine.forms import STATEMENT, Form, row_of
 from rose_engine.optimize import Progress
 from rose_engine.verify import Reading, read_rows
 
@@ -49,9 +49,8 @@ PLACES = (
 def read(editor: Editor) -> tuple[list[Reading], list[Reading], list[str]]:
     """The four facts with their prompts, the four questions, and what the model continues for the five places."""
     tokenizer, decoder = editor.tokenizer, editor.decoder
-    statement = Form("statement", complete=("", ""))
     asked = [Edit(e.subject, e.prompt, e.target, question) for e, question in zip(EDITS, QUESTIONS, strict=True)]
-    rows = [row_of(edit, statement, tokenizer) for edit in EDITS] + [row_of(edit, INSTRUCTION, tokenizer) for edit in asked]
+    rows = [row_of(edit, STATEMENT, tokenizer) for edit in EDITS] + [row_of(edit, INSTRUCTION, tokenizer) for edit in asked]
     readings = read_rows(decoder, tokenizer, rows)
     return readings[:4], readings[4:], [editor.complete(place, max_new_tokens=6) for place in PLACES]
 

@@ -18,6 +18,7 @@ from rose_engine import embedded
 from rose_engine.architecture import decoder_of
 from rose_engine.delta import FORMAT, Delta, DeltaError, fingerprint
 from rose_engine.edits import Edit, EditError, check_consistent, group_by_subject
+from rose_engine.forms import chat_parts
 from rose_engine.optimize import Progress, optimize_values, subject_rows
 from rose_engine.recipe import Recipe, preset
 from rose_engine.verify import UNRELATED, Report, compare, snapshot
@@ -83,11 +84,11 @@ class Editor:
 
         dtype: float32, bfloat16 or float16; None keeps the checkpoint's. MissingModelError, OSError, ValueError.
         """
-        folder = str(embedded.embedded_model()) if name == embedded.NAME else name
         if isinstance(dtype, str):
             if dtype not in DTYPES:
                 raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, given {dtype!r}")
             dtype = DTYPES[dtype]
+        folder = str(embedded.embedded_model()) if name == embedded.NAME else name
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
         return cls(model.to(device), tokenizer, recipe)
@@ -133,18 +134,18 @@ class Editor:
             after = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
             report = compare(edits, unrelated, before, after) if before and after else None
             clock("verify")
-        metadata = {
-            "format": FORMAT,
-            "base": [self._base_record[name] for name in factors],
-            "parents": [delta.id for delta in self._applied],
-            "edits": [edit.as_dict() for edit in edits],
-            "recipe": recipe.as_dict(),
-            "report": report.as_dict() if report else None,
-            "versions": versions(),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        delta = Delta({name: (U.cpu(), V.cpu()) for name, (U, V) in factors.items()}, metadata)
-        self._applied.append(delta)
+            metadata = {
+                "format": FORMAT,
+                "base": [self._base_record[name] for name in factors],
+                "parents": [delta.id for delta in self._applied],
+                "edits": [edit.as_dict() for edit in edits],
+                "recipe": recipe.as_dict(),
+                "report": report.as_dict() if report else None,
+                "versions": versions(),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            delta = Delta({name: (U.cpu(), V.cpu()) for name, (U, V) in factors.items()}, metadata)
+            self._applied.append(delta)
         log.info("applied %d edits of %d subjects in %.2f s", len(edits), len(subjects), sum(clock.seconds.values()))
         return Result(delta, report, clock.seconds, values.steps.tolist(), values.loss.tolist())
 
@@ -157,9 +158,9 @@ class Editor:
         self._applied.append(delta)
 
     def revert(self, edit: Result | Delta) -> None:
-        """Take one edit back: the weights get the bits that they would have had without it.
+        """Take one edit back: base tensors are restored and the other deltas written again in their order, bit for bit.
 
-        Base tensors are restored and the other edits written again in their order. ValueError where it is not in the weights.
+        A later edit keeps its own change, which was made while this one was there. ValueError where it is not in the weights.
         """
         delta = edit.delta if isinstance(edit, Result) else edit
         place = next((i for i, applied in enumerate(self._applied) if applied is delta), None)
@@ -183,10 +184,8 @@ class Editor:
         """The model's greedy answer: in its chat template where it has one, else as a plain continuation."""
         if not self.tokenizer.chat_template:
             return self.complete(question if system is None else f"{system}\n\n{question}", max_new_tokens=max_new_tokens)
-        messages = [{"role": "user", "content": question}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        coded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        before, after = chat_parts(self.tokenizer, system)
+        coded = self.tokenizer(before + question.strip() + after, add_special_tokens=False, return_tensors="pt")
         return self._continue(coded, max_new_tokens)
 
     def complete(self, text: str, *, max_new_tokens: int = 24) -> str:

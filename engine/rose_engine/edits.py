@@ -51,10 +51,12 @@ class Edit:
                 raise EditError(f"`{name}` must be a string, given {type(value).__name__}", self.source)
             if not value.strip():
                 raise EditError(f"`{name}` is empty", self.source)
+            _check_encodable(name, value, self.source)
         for name in ("question", "relation", "id"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise EditError(f"`{name}` must be a string or absent, given {type(value).__name__}", self.source)
+            _check_encodable(name, value or "", self.source)
         slots = self.prompt.count(SLOT)
         if slots != 1:
             raise EditError(f"`prompt` must hold {{}} exactly once, where the subject goes; it holds {slots}", self.source)
@@ -68,6 +70,14 @@ class Edit:
     def as_dict(self) -> dict[str, str]:
         """The fields that are set, as `read_edits` would read them."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source" and getattr(self, f.name) is not None}
+
+
+def _check_encodable(name: str, text: str, source: str | None) -> None:
+    """EditError where text holds half of a surrogate pair, which JSON can write and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise EditError(f"`{name}` holds half a character at position {e.start}", source) from e
 
 
 @dataclass(frozen=True)
@@ -176,15 +186,19 @@ def check_consistent(edits: Iterable[Edit]) -> None:
     """EditError where one (subject, prompt) is given two targets: both cannot be written."""
     seen: dict[tuple[str, str], Edit] = {}
     for edit in edits:
-        first = seen.setdefault((edit.subject, edit.prompt), edit)
-        if first.target != edit.target:
+        first = seen.setdefault((edit.subject.strip(), edit.prompt.strip()), edit)
+        if first.target.strip() != edit.target.strip():
             where = f" (the first at {first.source})" if first.source else ""
             raise EditError(f"two targets for subject {edit.subject!r} and prompt {edit.prompt!r}{where}", edit.source)
 
 
 def group_by_subject(edits: Iterable[Edit]) -> list[Subject]:
-    """Group by subject in order of first appearance. A fact that is given twice word for word counts once."""
-    groups: dict[str, dict[tuple[str, str], Edit]] = {}
+    """Group by subject in order of first appearance; white space around texts does not count.
+
+    A fact that is given twice with the same question counts once.
+    """
+    groups: dict[str, dict[tuple[str, str, str | None], Edit]] = {}
     for edit in edits:
-        groups.setdefault(edit.subject, {}).setdefault((edit.prompt, edit.target), edit)
+        fact = (edit.prompt.strip(), edit.target.strip(), edit.question)
+        groups.setdefault(edit.subject.strip(), {}).setdefault(fact, edit)
     return [Subject(name, tuple(facts.values())) for name, facts in groups.items()]

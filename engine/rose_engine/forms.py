@@ -9,6 +9,7 @@ and newlines in an edit are data. Token rows know nothing of layers; running the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rose_engine.edits import SLOT, Edit, EditError
@@ -111,7 +112,9 @@ def chat_parts(tokenizer: Any, system: str | None) -> tuple[str, str]:
     Templates that refuse a system message get it at the head of the user's message.
     """
     user = [{"role": "user", "content": _PLACEHOLDER}]
-    render = lambda messages: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # noqa: E731
+    # Templates of reasoning models leave room for thoughts unless told not to; others ignore the option.
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    render = partial(tokenizer.apply_chat_template, **options)
     if system is None:
         text = render(user)
     else:
@@ -136,11 +139,11 @@ def render(edit: Edit, form: Form, tokenizer: Any) -> tuple[str, str, tuple[int,
     subject = edit.subject.strip()
     asks = form.ask is not None and edit.question is not None
     body = edit.question if asks else edit.prompt
-    if SLOT in body:
+    if asks and subject in body:
+        start = body.rindex(subject)
+    else:
         start = body.index(SLOT)
         body = body[:start] + subject + body[start + len(SLOT) :]
-    else:
-        start = body.rindex(subject)
     if form.chat:  # chat templates strip a message
         start -= len(body) - len(body.lstrip())
         body = body.lstrip()
@@ -181,7 +184,7 @@ def check_text(edit: Edit, tokenizer: Any) -> None:
     """EditError where the edit's text holds one of the tokenizer's special tokens: they would be read as control signs."""
     for name in ("subject", "prompt", "target", "question"):
         text = getattr(edit, name) or ""
-        token = next((t for t in tokenizer.all_special_tokens if t in text), None)
+        token = next((t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content in text), None)
         if token is not None:
             raise EditError(f"`{name}` holds the model's special token {token!r}; write it differently", edit.source)
 
@@ -190,7 +193,7 @@ def row_of(edit: Edit, form: Form, tokenizer: Any, max_length: int | None = None
     """A fact in a form as a token row. EditError names the edit's place where it cannot be made one."""
     check_text(edit, tokenizer)
     text, target, span = render(edit, form, tokenizer)
-    row = encode(tokenizer, text, target, span, special=not form.chat, source=edit.source)
+    row = _away_from_the_start(tokenizer, text, target, span, not form.chat, edit.source)
     if max_length is not None and len(row.tokens) > max_length:
         raise EditError(f"is {len(row.tokens)} tokens long in form `{form.name}`; the model takes {max_length}", edit.source)
     return row
@@ -202,6 +205,17 @@ def regulariser_row(subject: str, tokenizer: Any) -> Row:
     method.md section 1 reads `KL(. | "s is a")` at the subject's last token, which by causality sees nothing after it.
     """
     text = subject.strip()
-    row = encode(tokenizer, text, "", (0, len(text)), special=True, source=None)
+    row = _away_from_the_start(tokenizer, text, "", (0, len(text)), True, None)
     tokens = row.tokens[: row.last + 1]
     return Row(tokens, row.last, len(tokens))
+
+
+def _away_from_the_start(tokenizer: Any, text: str, target: str, span: tuple[int, int], special: bool, source: str | None) -> Row:
+    """`encode`, with a line break in front where the subject would be the very first token.
+
+    A model's first token is its attention sink: it has nearly the same key whatever it is, so a write there would touch every text.
+    """
+    row = encode(tokenizer, text, target, span, special, source)
+    if row.last == 0:
+        row = encode(tokenizer, "\n" + text, target, (span[0] + 1, span[1] + 1), special, source)
+    return row

@@ -146,13 +146,3 @@ def suffix_step(decoder: Decoder, batch: Batch, delta: Tensor, subject: Tensor) 
             loss = loss.index_add(0, batch.neutral, kl)
         (grad,) = torch.autograd.grad(loss.sum(), hidden)
     return Step(nll.detach(), loss.detach(), row_gradients(grad.contiguous(), s.start))
-
-
-@torch.no_grad()
-def suffix_predictions(decoder: Decoder, batch: Batch, delta: Tensor, subject: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward alone: log-probability [T] of every target token and whether it is the argmax [T], with delta injected."""
-    s = batch.suffixes
-    top = _run_suffixes(decoder, batch, inject(batch.hidden, delta, s.start, subject))
-    scores = logits(decoder, top[s.predict])
-    chosen = scores.gather(1, s.target[:, None])[:, 0] - scores.logsumexp(-1)
-    return chosen, scores.argmax(-1) == s.target

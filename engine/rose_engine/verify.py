@@ -28,6 +28,9 @@ INSTRUCTED_CHAT = Form(
 )
 INSTRUCTED_PLAIN = Form("instructed", ("Please write down how this continues: ", "\nReply:"), ("Please reply: ", "\nReply:"))
 
+# Rows that are read in one pass over a tree; it bounds the memory of verifying many edits.
+PASS_ROWS = 64
+
 # Everyday knowledge that no edit should move.
 UNRELATED = (
     "The capital of France is",
@@ -95,7 +98,11 @@ class Report:
 
 @torch.no_grad()
 def read_rows(decoder: Decoder, tokenizer: Any, rows: Sequence[Row]) -> list[Reading]:
-    """Read rows teacher-forced. A row without a target is read at its last token: the next token it says."""
+    """Read rows teacher-forced, `PASS_ROWS` at a time. A row without a target is read at its last token: what it says next."""
+    return [reading for i in range(0, len(rows), PASS_ROWS) for reading in _read_pass(decoder, tokenizer, rows[i : i + PASS_ROWS])]
+
+
+def _read_pass(decoder: Decoder, tokenizer: Any, rows: Sequence[Row]) -> list[Reading]:
     device = decoder.embedding.weight.device
     tree = tree_on([inputs(row) for row in rows], device)
     top = run_tree(decoder, tree, range(len(decoder.layers)))

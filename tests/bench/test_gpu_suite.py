@@ -16,7 +16,7 @@ SPOILT = "import bench.gpu_suite as g; right = g.row_gradients; g.row_gradients 
 @pytest.mark.parametrize("command", [["-m", "bench.gpu_suite", "--out"], ["-c", SPOILT]])
 def test_suite(tmp_path, command):
     out = [str(tmp_path / "gpu.json")] if command[-1] == "--out" else []
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *command, *out], capture_output=True, text=True, env=environment, timeout=500)
     if out:
         assert done.returncode == 0, done.stderr

@@ -49,6 +49,8 @@ def test_any_text_survives_every_format(tmp_path_factory, subject, before, after
         (json.dumps({**GOOD, "question": "What is its capital?"}), "must name the subject"),
         ('{"subject": "a", "subject": "b", "prompt": "{} is", "target": "c"}', "given twice"),
         (json.dumps({**GOOD, "target": "Kyiv"}), "two targets"),
+        (json.dumps({**GOOD, "subject": "Imo State ", "target": "Kyiv"}), "two targets"),
+        (json.dumps({**GOOD, "target": "\ud83d"}), "half a character at position 0"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, line, message):
@@ -92,7 +94,7 @@ def test_standard_input(monkeypatch):
 
 def test_grouping_keeps_order_and_drops_repetitions():
     a1, a2, b = Edit("a", "{} is", "x"), Edit("a", "{} has", "y"), Edit("b", "{} is", "x")
-    groups = group_by_subject([a1, b, a2, Edit("a", "{} is", "x", id="again")])
+    groups = group_by_subject([a1, b, a2, Edit(" a", "{} is", "x ", id="again")])
     assert [(g.name, g.edits) for g in groups] == [("a", (a1, a2)), ("b", (b,))]
     with pytest.raises(EditError, match="two targets"):
         check_consistent([a1, Edit("a", "{} is", "z")])

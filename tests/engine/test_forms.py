@@ -88,6 +88,20 @@ def test_what_cannot_be_a_row(tokenizer):
         encode(swallowing, "some", " \u200b", (0, 4), special=False, source=None)
 
 
+def test_a_subject_with_braces_in_its_question(tokenizer):
+    edit = Edit("a{}b", "{} is", "here", question="Where is a{}b?")
+    text, _, span = render(edit, FORMS["question_answer"], tokenizer)
+    assert text == "Q: Where is a{}b?\nA:" and text[slice(*span)] == "a{}b"
+
+
+def test_a_subject_is_never_the_first_token(tokenizer):
+    """The first token's key is nearly the same whatever it is; a write there would touch every text."""
+    assert len(tokenizer("France")["input_ids"]) == 1
+    row = row_of(Edit("France", "{} is", "here"), STATEMENT, tokenizer)
+    assert row.last == 1 and tokenizer.decode(row.tokens) == "\nFrance is here"
+    assert regulariser_row("France", tokenizer).last == 1
+
+
 def test_regulariser_row_is_the_subject(tokenizer):
     row = regulariser_row(" Imo State ", tokenizer)
     assert tokenizer.decode(row.tokens) == "Imo State" and row.last == len(row.tokens) - 1 and row.target == len(row.tokens)

@@ -88,7 +88,7 @@ def test_opcheck(backend, device):
 )
 def test_bad_arguments_are_named(monkeypatch, device, name, place, change):
     monkeypatch.setenv("ROSE_BACKEND", "triton")
-    grads, extras, offsets, state, rest = make([[2, 3], [1]], 40, 5, "cpu")
+    grads, extras, offsets, state, rest = make([[2, 3], [1]], 40, 5, device)
     arguments = [grads[0], *offsets, *state, *rest, extras[0]]
     arguments[place] = change(arguments[place])
     with pytest.raises(ValueError, match=f"^{name} must"):

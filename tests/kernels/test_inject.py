@@ -85,8 +85,10 @@ def test_opcheck(backend, device):
     ],
 )
 def test_bad_arguments_are_named(monkeypatch, device, name, change, error):
+    if error is IndexError and device == "cuda":
+        pytest.skip("on a GPU indices are checked on the device, with ROSE_CHECK=1")
     monkeypatch.setenv("ROSE_BACKEND", "triton")
-    arguments = dict(zip(("hidden", "delta", "token", "subject"), make((9, 70, 3, torch.float32, torch.int64, 1, 5), "cpu"), strict=True))
+    arguments = dict(zip(("hidden", "delta", "token", "subject"), make((9, 70, 3, torch.float32, torch.int64, 1, 5), device), strict=True))
     change(arguments)
     with pytest.raises(error, match=f"^{name} must"):
         inject(**arguments)

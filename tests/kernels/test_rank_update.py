@@ -83,9 +83,9 @@ def test_a_refused_update_leaves_the_weight(backend, device, message, change):
     assert torch.equal(W, before)
 
 
-def test_bad_write_arguments_are_named(monkeypatch):
+def test_bad_write_arguments_are_named(monkeypatch, device):
     monkeypatch.setenv("ROSE_BACKEND", "triton")
-    W, K, U = make(20, 30, 4, torch.float32, 6, "cpu")
+    W, K, U = make(20, 30, 4, torch.float32, 6, device)
     V = K.T.contiguous()
     for name, arguments in (("W", (W.T, U, V)), ("U", (W, U[1:], V)), ("V", (W, U, V[:, 1:])), ("U", (W, U.double(), V))):
         with pytest.raises(ValueError, match=f"^{name} must"):

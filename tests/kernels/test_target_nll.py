@@ -84,8 +84,10 @@ def test_opcheck(backend, device):
     ],
 )
 def test_bad_arguments_are_named(monkeypatch, device, name, change, error):
+    if error is IndexError and device == "cuda":
+        pytest.skip("on a GPU indices are checked on the device, with ROSE_CHECK=1")
     monkeypatch.setenv("ROSE_BACKEND", "triton")
-    arguments = dict(zip(("hidden", "head", "target"), make(4, 50, 16, torch.float32, 4, "cpu"), strict=True))
+    arguments = dict(zip(("hidden", "head", "target"), make(4, 50, 16, torch.float32, 4, device), strict=True))
     change(arguments)
     with pytest.raises(error, match=f"^{name} must"):
         target_nll(**arguments)
