@@ -1,5 +1,8 @@
 """The suffix engine's definition: whole padded rows through the whole model, with a hook that adds delta after layer L."""
 
+import copy
+from types import MethodType
+
 import torch
 import torch.nn.functional as F
 
@@ -11,7 +14,20 @@ WIDTH = 64
 def run(model, row):
     """Logits [WIDTH, V] of a row, padded."""
     tokens = F.pad(torch.tensor(row.tokens), (0, max(0, WIDTH - len(row.tokens))))
-    return model(input_ids=tokens[None]).logits[0].float()
+    return model(input_ids=tokens[None]).logits[0]
+
+
+def in_float64(model):
+    """A float64 copy of a model, its RMS norms too, which the library computes in float32."""
+    model = copy.deepcopy(model).double()
+
+    def norm(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(norm, module)
+    return model
 
 
 def naive_row(model, row, layer: int, delta, reference=None):
