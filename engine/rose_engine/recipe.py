@@ -58,7 +58,7 @@ class Recipe:
 
 ROSE = Recipe()
 # Chosen on same-subject data; what was tried stands in docs/smollm2-preset.md.
-SMOLLM2 = replace(ROSE, name="rose-smollm2", steps=50, lr=1.0, ridge=10.0)
+SMOLLM2 = replace(ROSE, name="rose-smollm2", steps=50, lr=0.7, ridge=10.0)
 
 
 def preset(config: PretrainedConfig) -> Recipe:
