@@ -11,9 +11,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
+from hypothesis import settings
 from rose_engine import Edit, Editor
 from rose_engine.embedded import embedded_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+settings.register_profile("rose", deadline=None)  # speed is never asserted in a test
+settings.load_profile("rose")
 
 IMO = (
     Edit("Imo State", "{} is located in", "Wales", "In which place can {} be found?"),
