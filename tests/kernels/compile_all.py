@@ -30,7 +30,6 @@ aggregate, inject, rank_update, target_nll = (
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 F32, BF16, I64, I32, BOOL = "*fp32", "*bf16", "*i64", "*i32", "*i1"
 NLL = {"CAP": False, "WIDEN": False, "BLOCK_T": target_nll.BLOCK_T, "BLOCK_V": target_nll.BLOCK_V, "BLOCK_D": target_nll.BLOCK_D}
-NLL_BACKWARD = [BF16, BF16, I64, F32, F32, BF16, *["i32"] * 3, "fp32", "i32", "i32"]
 WRITE = {"BLOCK_M": rank_update.BLOCK_M, "BLOCK_N": rank_update.BLOCK_N, "BLOCK_K": rank_update.BLOCK_K}
 # kernel, argument types in order (a constant's value stands in the last entry), constants
 CONFIGURATIONS = [
