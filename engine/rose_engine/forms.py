@@ -16,6 +16,7 @@ from rose_engine.edits import SLOT, Edit, EditError
 
 # Stands for the user's text while a chat template is rendered, so that the template never sees the text itself.
 _PLACEHOLDER = "\x02user-text\x03"
+_UNREADABLE = "\ufffd"  # what a decoder puts for bytes that are no character
 _OPENING = "([{<'\"\u201c\u2018\u00ab"  # brackets and quotes after which a word follows without a space
 
 
@@ -181,9 +182,16 @@ def encode(tokenizer: Any, text: str, target: str, span: tuple[int, int], specia
 
 
 def check_text(edit: Edit, tokenizer: Any) -> None:
-    """EditError where the edit's text holds one of the tokenizer's special tokens: they would be read as control signs."""
+    """EditError where the edit's text cannot be given to the model as it stands.
+
+    Special tokens in it would be read as control signs. Characters whose bytes the vocabulary lacks are dropped in silence,
+    and with them the tokenizer's offsets of everything after, by which the subject is found.
+    """
     for name in ("subject", "prompt", "target", "question"):
         text = getattr(edit, name) or ""
+        spelt = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if spelt.count(_UNREADABLE) > text.count(_UNREADABLE):
+            raise EditError(f"`{name}` holds a character that the tokenizer cannot spell: {text!r} is read back as {spelt!r}", edit.source)
         token = next((t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content in text), None)
         if token is not None:
             raise EditError(f"`{name}` holds the model's special token {token!r}; write it differently", edit.source)
