@@ -47,7 +47,7 @@ def test_subject_and_target_are_where_they_are_said_to_be(tokenizer, form, subje
 def test_any_subject_is_located(tokenizer, subject, form):
     if any(token in subject for token in tokenizer.all_special_tokens):
         return
-    edit = Edit(subject, "({}) lives in", "Wien")
+    edit = Edit(subject, "So ({}) lives in", "Wien")
     if tokenizer.decode(tokenizer(subject)["input_ids"]) != subject:
         with pytest.raises(EditError, match="`subject` holds a character that the tokenizer cannot spell"):
             row_of(edit, FORMS[form], tokenizer)
