@@ -137,7 +137,7 @@ def aggregate_step_(
 ) -> Tensor:
     """One step in place; returns the centroids [M, d]. Arguments as in `reference.aggregate_step_`."""
     arrays = (row_grad, relation_offset, subject_offset, delta, exp_avg, exp_avg_sq, step, v0_norm, active, extra_grad)
-    if serving(row_grad.device) == "reference":
+    if serving(row_grad.device, "aggregate_step_") == "reference":
         return reference.aggregate_step_(*arrays, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, clamp=clamp)
     _check(*arrays)
     subjects, d = delta.shape

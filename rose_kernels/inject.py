@@ -72,7 +72,7 @@ def _add_(out: Tensor, delta: Tensor, token: Tensor, subject: Tensor) -> None:
 @torch.library.custom_op("rose::inject", mutates_args=())
 def inject(hidden: Tensor, delta: Tensor, token: Tensor, subject: Tensor) -> Tensor:
     """`hidden` with each row's subject delta added at the row's token, as a new tensor [N, d]; differentiable in both."""
-    if serving(hidden.device) == "reference":
+    if serving(hidden.device, "inject") == "reference":
         return reference.inject(hidden, delta, token, subject)
     _check(hidden, delta, token, subject)
     out = hidden.clone()
@@ -83,7 +83,7 @@ def inject(hidden: Tensor, delta: Tensor, token: Tensor, subject: Tensor) -> Ten
 @torch.library.custom_op("rose::inject_", mutates_args=("hidden",))
 def inject_(hidden: Tensor, delta: Tensor, token: Tensor, subject: Tensor) -> None:
     """The same in place, on a buffer that the caller owns; not differentiable."""
-    if serving(hidden.device) == "reference":
+    if serving(hidden.device, "inject") == "reference":
         hidden.copy_(reference.inject(hidden, delta, token, subject))
         return
     _check(hidden, delta, token, subject)
@@ -93,7 +93,7 @@ def inject_(hidden: Tensor, delta: Tensor, token: Tensor, subject: Tensor) -> No
 @torch.library.custom_op("rose::row_gradients", mutates_args=())
 def row_gradients(grad_out: Tensor, token: Tensor) -> Tensor:
     """The row gradients [B, d] float32 of an injection, from the gradient [N, d] of its output."""
-    if serving(grad_out.device) == "reference":
+    if serving(grad_out.device, "inject") == "reference":
         return reference.inject_backward(grad_out, token)
     check("grad_out", grad_out, (None, None), FLOATS)
     check("token", token, (None,), INTEGERS, grad_out)
@@ -109,7 +109,7 @@ def row_gradients(grad_out: Tensor, token: Tensor) -> Tensor:
 @torch.library.custom_op("rose::subject_gradients", mutates_args=())
 def subject_gradients(grad_out: Tensor, token: Tensor, subject: Tensor, subjects: int) -> Tensor:
     """The gradient [subjects, d] float32 of an injection in its delta: each subject's row gradients, summed in row order."""
-    if serving(grad_out.device) == "reference":
+    if serving(grad_out.device, "inject") == "reference":
         rows = reference.inject_backward(grad_out, token)
         return rows.new_zeros(subjects, rows.shape[1]).index_add(0, subject, rows)
     check("grad_out", grad_out, (None, None), FLOATS)

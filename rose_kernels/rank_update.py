@@ -1,10 +1,13 @@
 """The weight write (method.md section 2, eq. 10): W += R (ridge I + K^T P)^-1 P^T in place, as W += U V.
 
-The n x n system is solved by `reference.rank_solve`; the write is one pass over W: each tile is read once, U V is added to it in
-float32, and it is rounded once and written once. Definition: `reference.rank_update_`, `reference.add_low_rank_`.
+Gram matrix, Cholesky factor and solves are n x n and in float64. The write is one pass over W: each element is read once, U V is added to
+it in float32 in the order of n, and it is rounded once and written once. `csrc/` serves the CPU, and CUDA where it was built for it;
+elsewhere the system is `reference`'s and the write Triton's. Definition: `reference.rank_update_`, `reference.add_low_rank_`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +18,9 @@ from rose_kernels.contract import FLOATS, check
 
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 64, 16
 WIDE = (torch.float32,)
+FUSED_N = 64  # the largest system that the CUDA kernels build and solve in one launch
+FAULTS = {-1: "K", -2: "P", -3: "R"}  # what the CUDA kernels report as not finite
+KEPT_STATUSES = 64
 
 
 @jit
@@ -35,32 +41,137 @@ def write_kernel(W, U, V, rows, columns, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 
 
 @torch.library.custom_op("rose::add_low_rank_", mutates_args=("W",))
-def add_low_rank_(W: Tensor, U: Tensor, V: Tensor) -> None:
-    """W += U V in place. W [d_out, d_in] float32, bfloat16 or float16; U [d_out, n] and V [n, d_in] float32."""
-    if serving(W.device) == "reference":
-        reference.add_low_rank_(W, U, V)
+def add_low_rank_(W: Sequence[Tensor], U: Sequence[Tensor], V: Sequence[Tensor]) -> None:
+    """W[i] += U[i] V[i] in place for every i, in one launch where `csrc` serves.
+
+    W[i] [d_out, d_in] float32, bfloat16 or float16, all on one device and apart in memory; U[i] [d_out, n] and V[i] [n, d_in] float32.
+    ValueError, with every weight untouched, where shapes do not fit or a weight overlaps itself or its factors.
+    """
+    if not len(W) == len(U) == len(V):
+        raise ValueError(f"as many W, U and V are needed, given {len(W)}, {len(U)} and {len(V)}")
+    if not W:
         return
-    check("W", W, (None, None), FLOATS)
+    backend = serving(W[0].device, "add_low_rank_")
+    for w, u, v in zip(W, U, V, strict=True):
+        reference.check_write(w, u, v)
+    if backend == "reference" or any(w.dtype not in FLOATS for w in W):
+        for w, u, v in zip(W, U, V, strict=True):
+            reference.add_low_rank_(w, u, v)
+        return
+    for w, u, v in zip(W, U, V, strict=True):
+        _check_native(w, u, v, contiguous=backend == "triton")
+    if backend == "csrc":
+        torch.ops.rose_native.add_low_rank_(list(W), list(U), list(V))
+        return
+    for w, u, v in zip(W, U, V, strict=True):
+        (rows, columns), n = w.shape, u.shape[1]
+        if w.numel() and n:
+            grid = (triton.cdiv(columns, BLOCK_N), triton.cdiv(rows, BLOCK_M))
+            with on_device(w):
+                write_kernel[grid](w, u, v, rows, columns, n, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
+
+
+def _check_native(W: Tensor, U: Tensor, V: Tensor, contiguous: bool) -> None:
+    if contiguous:
+        check("W", W, (None, None), FLOATS)
+    elif 1 not in W.stride() and W.numel() > 1:
+        raise ValueError(f"W must have neighbouring elements along its rows or its columns, given strides {W.stride()}")
     check("U", U, (W.shape[0], None), WIDE, W)
     check("V", V, (U.shape[1], W.shape[1]), WIDE, W)
-    (rows, columns), n = W.shape, U.shape[1]
-    if W.numel() and n:
-        grid = (triton.cdiv(columns, BLOCK_N), triton.cdiv(rows, BLOCK_M))
-        with on_device(W):
-            write_kernel[grid](W, U, V, rows, columns, n, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
 
 
 @torch.library.custom_op("rose::rank_update_", mutates_args=("W",))
 def rank_update_(W: Tensor, K: Tensor, R: Tensor, P: Tensor | None = None, ridge: float = 1.0) -> tuple[Tensor, Tensor]:
-    """W += R (ridge I + K^T P)^-1 P^T in place; returns (U, V) with the change U V. Arguments as in `reference.rank_update_`."""
-    if serving(W.device) == "reference":
+    """W += R (ridge I + K^T P)^-1 P^T in place; returns (U, V) with the change U V. Arguments as in `reference.rank_update_`.
+
+    On CUDA with n <= 64 the host is not waited for: a refused update leaves W as it was and is reported by `raise_refused`.
+    """
+    backend = serving(W.device, "rank_update_")
+    if backend == "reference" or any(x is not None and x.dtype not in FLOATS for x in (W, K, R, P)):
         U, V = reference.rank_update_(W, K, R, P, ridge)
         return U.clone(), V
-    reference.check_update(W, K, R)
-    V = reference.rank_solve(K, P, ridge)
-    U = R.to(V.dtype, copy=True).contiguous()
-    add_low_rank_(W, U, V)
+    reference.check_update(W, K, R, P)
+    U = R.to(torch.float32, copy=True).contiguous()
+    if backend == "csrc" and W.is_cuda and K.shape[1] <= FUSED_N and W.numel() and K.numel():
+        k = _rows(K)
+        V, status = torch.ops.rose_native.factor(k, k if P is None else _rows(P), U, ridge)
+        _check_native(W, U, V, contiguous=False)
+        torch.ops.rose_native.add_low_rank_([W], [U], [V], status)
+        _remember(status, K.shape[1], ridge)
+        return U, V
+    check_finite(K=K, P=P, R=R)
+    V = rank_solve(rank_gram(K, P), K if P is None else P, ridge)
+    add_low_rank_([W], [U], [V])
     return U, V
+
+
+def rank_gram(K: Tensor, P: Tensor | None = None) -> Tensor:
+    """K^T P [n, n] in float64, lower triangle at least. K, P [d_in, n]; K itself where P is None.
+
+    Where d_in is sharded, the sum of the shards' Gram matrices (one all-reduce of n x n) is the whole one: pass it to
+    `rank_solve` on every rank, with that rank's rows of P, and the update of each shard of W is exact.
+    """
+    if _native_cpu(K, P):
+        k = _rows(K)
+        return torch.ops.rose_native.gram(k, k if P is None else _rows(P))
+    return reference.rank_gram(K, P)
+
+
+def rank_solve(gram: Tensor, P: Tensor, ridge: float = 1.0) -> Tensor:
+    """V = (ridge I + G)^-1 P^T [n, d_in] float32, from the lower triangle of gram [n, n] float64 and P [d_in, n].
+
+    ValueError where the system is not positive definite.
+    """
+    if _native_cpu(P):
+        system = gram.clone(memory_format=torch.contiguous_format)
+        system.diagonal().add_(ridge)
+        V, minor = torch.ops.rose_native.solve(system, _rows(P))
+        if minor:
+            raise reference.indefinite(minor, len(gram), ridge)
+        return V
+    whole = gram.tril() + gram.tril(-1).T
+    return reference.rank_solve(whole, P, ridge)
+
+
+def check_finite(**tensors: Tensor | None) -> None:
+    """ValueError naming the first tensor that holds NaN or Inf."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not _native_cpu(x) or x.dtype != torch.float32:
+            reference.check_finite(**{name: x})
+        elif not torch.ops.rose_native.all_finite(_rows(x)):
+            raise ValueError(f"{name} holds NaN or Inf")
+
+
+def _native_cpu(*tensors: Tensor | None) -> bool:
+    given = [x for x in tensors if x is not None]
+    on_cpu = all(x.device.type == "cpu" and x.dtype in FLOATS for x in given)
+    return on_cpu and serving("cpu", "rank_update_") == "csrc"
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [d, n] as [n, d] float32 with contiguous rows; no copy where x is the transpose of such a tensor."""
+    return x.T.to(torch.float32).contiguous()
+
+
+# (status flag on the device, n, ridge) of updates that nobody has asked after yet.
+_statuses: list[tuple[Tensor, int, float]] = []
+
+
+def _remember(status: Tensor, n: int, ridge: float) -> None:
+    _statuses.append((status, n, ridge))
+    if len(_statuses) > KEPT_STATUSES and not torch.cuda.is_current_stream_capturing():
+        raise_refused()
+
+
+def raise_refused() -> None:
+    """ValueError for the first update since the last call that was refused on a GPU; its weight is as it was. Waits for the device."""
+    remembered, _statuses[:] = list(_statuses), []
+    for status, n, ridge in remembered:
+        code = int(status)
+        if code:
+            raise ValueError(f"{FAULTS[code]} holds NaN or Inf") if code < 0 else reference.indefinite(code, n, ridge)
 
 
 @add_low_rank_.register_fake

@@ -132,27 +132,28 @@ def capped_logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def rank_solve(K: Tensor, P: Tensor | None = None, ridge: float = 1.0) -> Tensor:
-    """V = (ridge I + K^T P)^-1 P^T, the right factor of the weight update (method.md section 2).
-
-    K [d_in, n] and P [d_in, n] (K itself where None, which is IGA, eq. 10). K^T P must be symmetric positive
-    semi-definite, as it is for P = C^-1 K. The n x n system is built and factored in float64. Returns V [n, d_in] float32
-    (float64 for float64 inputs). ValueError where an input is not finite or the system is not positive definite.
-    """
+def rank_gram(K: Tensor, P: Tensor | None = None) -> Tensor:
+    """K^T P, the n x n system without its ridge, in float64. K, P [d_in, n]; K itself where P is None."""
     P = K if P is None else P
-    if K.shape != P.shape or K.dim() != 2:
-        raise ValueError(f"K and P must be [d_in, n] alike, given {list(K.shape)} and {list(P.shape)}")
-    k, p = K.double(), P.double()
-    for name, x in (("K", k), ("P", p)):
-        if not torch.isfinite(x).all():
-            raise ValueError(f"{name} holds NaN or Inf")
-    gram = k.T @ p
-    gram = (gram + gram.T) / 2
-    gram.diagonal().add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(gram)
+    gram = K.double().T @ P.double()
+    return (gram + gram.T) / 2
+
+
+def rank_solve(gram: Tensor, P: Tensor, ridge: float = 1.0) -> Tensor:
+    """V = (ridge I + G)^-1 P^T, the right factor of the weight update (method.md section 2).
+
+    gram [n, n] float64, symmetric positive semi-definite, as K^T P is for P = K (IGA, eq. 10) and P = C^-1 K; P [d_in, n]. Returns
+    V [n, d_in] float32 (float64 for float64 P). ValueError where the system is not positive definite.
+    """
+    factor, info = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
     if int(info):
-        raise ValueError(f"ridge I + K^T P is not positive definite (leading minor {int(info)} of {len(gram)}, ridge {ridge})")
-    return torch.cholesky_solve(p.T, factor).to(wide_dtype(K)).contiguous()
+        raise indefinite(int(info), len(gram), ridge)
+    return torch.cholesky_solve(P.double().T, factor).to(wide_dtype(P)).contiguous()
+
+
+def indefinite(minor: int, n: int, ridge: float) -> ValueError:
+    """The error of a system whose leading minor is not positive."""
+    return ValueError(f"ridge I + K^T P is not positive definite (leading minor {minor} of {n}, ridge {ridge})")
 
 
 def add_low_rank_(W: Tensor, U: Tensor, V: Tensor) -> Tensor:
@@ -160,8 +161,7 @@ def add_low_rank_(W: Tensor, U: Tensor, V: Tensor) -> Tensor:
 
     W [d_out, d_in] of any float dtype, U [d_out, n], V [n, d_in]. Returns W.
     """
-    if W.shape != (U.shape[0], V.shape[1]) or U.shape[1] != V.shape[0]:
-        raise ValueError(f"W {list(W.shape)} does not fit U {list(U.shape)} and V {list(V.shape)}")
+    check_write(W, U, V)
     dtype = wide(W).dtype
     U, V = U.to(dtype), V.to(dtype)
     rows = max(1, WRITE_SCRATCH_BYTES // (2 * W.shape[1] * dtype.itemsize))
@@ -177,16 +177,47 @@ def rank_update_(W: Tensor, K: Tensor, R: Tensor, P: Tensor | None = None, ridge
     in float32, of which W received exactly U V. ValueError, with W untouched, where an input is not finite, shapes do not
     fit, or the system is not positive definite.
     """
-    check_update(W, K, R)
-    V = rank_solve(K, P, ridge)
+    check_update(W, K, R, P)
+    check_finite(K=K, P=P, R=R)
+    V = rank_solve(rank_gram(K, P), K if P is None else P, ridge)
     U = R.to(V.dtype).contiguous()
     add_low_rank_(W, U, V)
     return U, V
 
 
-def check_update(W: Tensor, K: Tensor, R: Tensor) -> None:
-    """ValueError where the shapes of an update do not fit or R is not finite."""
+def check_update(W: Tensor, K: Tensor, R: Tensor, P: Tensor | None = None) -> None:
+    """ValueError where the shapes of an update do not fit, or W shares memory with another argument or within itself."""
     if W.dim() != 2 or K.dim() != 2 or R.shape != (W.shape[0], K.shape[1]) or K.shape[0] != W.shape[1]:
         raise ValueError(f"W {list(W.shape)} does not fit K {list(K.shape)} and R {list(R.shape)}")
-    if not torch.isfinite(R).all():
-        raise ValueError("R holds NaN or Inf")
+    if P is not None and P.shape != K.shape:
+        raise ValueError(f"K and P must be [d_in, n] alike, given {list(K.shape)} and {list(P.shape)}")
+    check_overlap(W, K=K, R=R, P=P)
+
+
+def check_write(W: Tensor, U: Tensor, V: Tensor) -> None:
+    """ValueError where factors do not fit the weight, or W shares memory with one of them or within itself."""
+    if W.dim() != 2 or U.dim() != 2 or V.dim() != 2 or W.shape != (U.shape[0], V.shape[1]) or U.shape[1] != V.shape[0]:
+        raise ValueError(f"W {list(W.shape)} does not fit U {list(U.shape)} and V {list(V.shape)}")
+    check_overlap(W, U=U, V=V)
+
+
+def check_overlap(W: Tensor, **others: Tensor | None) -> None:
+    """ValueError where two elements of W are one place in memory, or W and another tensor share memory."""
+    near, far = sorted(zip(W.stride(), W.shape, strict=True), key=lambda axis: axis[0])
+    if W.numel() > 1 and ((near[1] > 1 and near[0] == 0) or (far[1] > 1 and far[0] < near[0] * (near[1] - 1) + 1)):
+        raise ValueError(f"W overlaps itself: strides {W.stride()} of shape {list(W.shape)}; clone it first")
+    if W.device.type == "meta":
+        return
+    extent = lambda x: (x.data_ptr(), x.data_ptr() + (1 + sum(t * (n - 1) for t, n in zip(x.stride(), x.shape, strict=True))) * x.itemsize)  # noqa: E731
+    for name, x in others.items():
+        if x is not None and x.numel() and W.numel() and x.device == W.device:
+            (start, end), (first, last) = extent(W), extent(x)
+            if first < end and start < last:
+                raise ValueError(f"W and {name} share memory; clone one of them first")
+
+
+def check_finite(**tensors: Tensor | None) -> None:
+    """ValueError naming the first tensor that holds NaN or Inf."""
+    for name, x in tensors.items():
+        if x is not None and not torch.isfinite(x).all():
+            raise ValueError(f"{name} holds NaN or Inf")

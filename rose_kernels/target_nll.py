@@ -130,7 +130,7 @@ def _blocks(softcap: float | None) -> dict[str, int | bool]:
 @torch.library.custom_op("rose::target_nll_lse", mutates_args=())
 def target_nll_lse(hidden: Tensor, head: Tensor, target: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """(nll [T], lse [T]) float32: the loss of `target_nll` and the log-sum-exp that its backward starts from."""
-    if serving(hidden.device) == "reference":
+    if serving(hidden.device, "target_nll") == "reference":
         scores = reference.capped_logits(hidden, head, softcap)
         lse = scores.logsumexp(-1)
         return lse - scores.gather(1, target.long()[:, None])[:, 0], lse
@@ -155,7 +155,7 @@ def target_nll_backward(
 ) -> Tensor:
     """The gradient [T, d] in `hidden`, in its dtype, from grad_nll [T] and the forward's lse [T]."""
     grad = hidden.new_zeros(hidden.shape, dtype=reference.wide_dtype(hidden))
-    native = serving(hidden.device) == "triton"
+    native = serving(hidden.device, "target_nll") == "triton"
     if native:
         _check(hidden, head, target, softcap)
         check("grad_nll", grad_nll, (len(hidden),), (torch.float32,), hidden)

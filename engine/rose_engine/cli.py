@@ -131,8 +131,8 @@ def env() -> None:
 
     from rose_engine import embedded
     from rose_engine.editor import versions
-    from rose_engine.files import cache_dir
     from rose_kernels.backend import backends
+    from rose_kernels.cache import cache_dir
 
     try:
         model = str(embedded.find_gguf())

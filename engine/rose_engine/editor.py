@@ -212,8 +212,9 @@ class Editor:
 
     def _add(self, delta: Delta) -> None:
         weights = self.weights()
-        for name, (U, V) in delta.factors.items():
-            add_low_rank_(weights[name], U.to(weights[name].device), V.to(weights[name].device))
+        W = [weights[name] for name in delta.factors]
+        U, V = ([factors[i].to(w.device) for w, factors in zip(W, delta.factors.values(), strict=True)] for i in (0, 1))
+        add_low_rank_(W, U, V)
 
     def _check_base(self, delta: Delta) -> list[int]:
         layer_of = {self.decoder.weight_name(layer): layer for layer in range(len(self.decoder.layers))}

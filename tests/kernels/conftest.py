@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rose_kernels import native
 from rose_kernels.backend import HAVE_TRITON, interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -15,6 +16,25 @@ def backend(request, monkeypatch):
         pytest.skip("Triton is not installed on this machine")
     monkeypatch.setenv("ROSE_BACKEND", request.param)
     return request.param
+
+
+@pytest.fixture(params=["reference", "triton", "csrc"])
+def writer(request, monkeypatch):
+    """Run the weight write through one backend."""
+    if request.param == "triton" and not HAVE_TRITON:
+        pytest.skip("Triton is not installed on this machine")
+    if request.param == "csrc" and DEVICE not in native.served():
+        pytest.skip("csrc cannot be built on this machine")
+    monkeypatch.setenv("ROSE_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture
+def csrc(monkeypatch):
+    """Run the weight write through csrc, on the CPU."""
+    if not native.served():
+        pytest.skip("csrc cannot be built on this machine")
+    monkeypatch.setenv("ROSE_BACKEND", "csrc")
 
 
 def rounding(dtype: torch.dtype, backend: str) -> float:

@@ -1,0 +1,133 @@
+"""`csrc/` as operators: built on first use, kept in the cache directory, loaded as `torch.ops.rose_native`.
+
+A build is named by a digest of its sources, the torch version and the platform, so that nothing stale is ever loaded; one made ahead
+of time (`ROSE_BUILD_EXT=1 pip install --no-build-isolation .`) lies beside this file under the same name. Where there is no compiler, or a
+build fails, one warning says so and names the log, and plain PyTorch serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from rose_kernels.cache import cache_dir
+
+HERE = Path(__file__).parent
+log = logging.getLogger(__name__)
+
+
+class BuildError(RuntimeError):
+    """The native kernels cannot be built here; the message says why, and where the compiler's words are."""
+
+
+def sources() -> list[Path]:
+    """The C++ and CUDA files, headers included: in the package where it was installed, beside it in a source tree."""
+    folder = HERE / "csrc"
+    folder = folder if folder.is_dir() else HERE.parent / "csrc"
+    return sorted(file for pattern in ("*.h", "*.cpp", "*.cu") for file in folder.glob(pattern))
+
+
+def with_cuda() -> bool:
+    """Whether the CUDA kernels are part of the build: torch has CUDA and there is an nvcc."""
+    home = os.environ.get("CUDA_HOME")
+    return torch.version.cuda is not None and bool(shutil.which("nvcc") or (home and Path(home, "bin", "nvcc").exists()))
+
+
+def library_name() -> str:
+    """The file name of the build that fits these sources, this torch and this platform."""
+    digest = hashlib.sha256()
+    for part in (torch.__version__, platform.system(), platform.machine(), torch.version.cuda if with_cuda() else ""):
+        digest.update(f"{part}\n".encode())
+    for file in sources():
+        digest.update(file.name.encode() + b"\n" + file.read_bytes())
+    return f"rose_native-{digest.hexdigest()[:16]}.so"
+
+
+def find() -> Path | None:
+    """The library, built ahead of time or by an earlier process, or None."""
+    name = library_name()
+    return next((path for path in (HERE / name, cache_dir() / "native" / name) if path.exists()), None)
+
+
+def compile_into(folder: Path) -> Path:
+    """Compile the sources within `folder`; returns the library. RuntimeError with the compiler's words, OSError."""
+    from torch.utils.cpp_extension import load
+
+    cuda = with_cuda()
+    units = [str(file) for file in sources() if file.suffix == ".cpp" or (cuda and file.suffix == ".cu")]
+    flags = ["-O3", "-fopenmp"] + (["-DROSE_CUDA"] if cuda else [])
+    load(
+        "rose_native",
+        units,
+        extra_cflags=flags,
+        extra_ldflags=["-fopenmp"],
+        build_directory=str(folder),
+        with_cuda=cuda,
+        is_python_module=False,
+    )
+    return folder / "rose_native.so"
+
+
+def build() -> Path:
+    """Build into the cache directory, once: a second process waits for the first and takes what it made. BuildError."""
+    # Tools that were installed into an environment are found without its having been activated.
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    missing = [name for name in (os.environ.get("CXX", "c++"), "ninja") if not shutil.which(name, path=tools)]
+    if missing:
+        raise BuildError(f"there is no {' and no '.join(missing)}")
+    target = cache_dir() / "native" / library_name()
+    words = target.with_suffix(".log")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _held(target.with_suffix(".lock")):
+        if target.exists():
+            return target
+        if words.exists():
+            raise BuildError(f"an earlier build failed; its log is {words}, and without it the build is tried again")
+        log.info("building the native kernels, once: %s", target)
+        with tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent) as folder:
+            # In a process of its own: the tools' imports stay out of this one.
+            command = [sys.executable, "-c", f"import sys, {__name__} as native; native.compile_into(native.Path(sys.argv[1]))", folder]
+            paths = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths, "PATH": tools})
+            if done.returncode:
+                words.write_text(done.stdout + done.stderr)
+                raise BuildError(f"the build failed; its log is {words}")
+            os.replace(Path(folder, "rose_native.so"), target)
+    return target
+
+
+@cache
+def served() -> frozenset[str]:
+    """The device types that the native kernels serve here; builds and loads them on the first call, and warns where that fails."""
+    try:
+        torch.ops.load_library(find() or build())
+    except (BuildError, OSError) as e:
+        warnings.warn(f"the native kernels do not serve: {e}. Plain PyTorch does instead.", RuntimeWarning, stacklevel=2)
+        return frozenset()
+    return frozenset({"cpu", "cuda"} if hasattr(torch.ops.rose_native, "factor") else {"cpu"})
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Hold a file's lock, which the system takes back when the process ends, however it ends."""
+    with open(path, "w") as file:
+        if sys.platform == "win32":  # no native build there
+            yield
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
