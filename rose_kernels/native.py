@@ -62,8 +62,14 @@ def find() -> Path | None:
     return next((path for path in (HERE / name, cache_dir() / "native" / name) if path.exists()), None)
 
 
+def tool_path() -> str:
+    """PATH, with this interpreter's environment first: its tools are found without its having been activated."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
 def compile_into(folder: Path) -> Path:
     """Compile the sources within `folder`; returns the library. RuntimeError with the compiler's words, OSError."""
+    os.environ["PATH"] = tool_path()
     from torch.utils.cpp_extension import load
 
     cuda = with_cuda()
@@ -83,9 +89,7 @@ def compile_into(folder: Path) -> Path:
 
 def build() -> Path:
     """Build into the cache directory, once: a second process waits for the first and takes what it made. BuildError."""
-    # Tools that were installed into an environment are found without its having been activated.
-    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    missing = [name for name in (os.environ.get("CXX", "c++"), "ninja") if not shutil.which(name, path=tools)]
+    missing = [name for name in (os.environ.get("CXX", "c++"), "ninja") if not shutil.which(name, path=tool_path())]
     if missing:
         raise BuildError(f"there is no {' and no '.join(missing)}")
     target = cache_dir() / "native" / library_name()
@@ -101,7 +105,7 @@ def build() -> Path:
             # In a process of its own: the tools' imports stay out of this one.
             command = [sys.executable, "-c", f"import sys, {__name__} as native; native.compile_into(native.Path(sys.argv[1]))", folder]
             paths = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths, "PATH": tools})
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
             if done.returncode:
                 words.write_text(done.stdout + done.stderr)
                 raise BuildError(f"the build failed; its log is {words}")

@@ -4,8 +4,8 @@
 
 For each shape: dense_s, `torch.linalg.solve` of the d_in x d_in system in float64 and a dense addition, as MEMIT publishes it (left out
 where its matrices need over 10 GB); woodbury_s, the n x n system in float64 and W + R V in float32, rounded once, in plain PyTorch;
-rank_update_s, the fused operator; peak_extra_mb, the memory that it takes beyond its arguments, results included; floor_s, reading and writing
-W's bytes once. All are run in this process, one after the other; times are medians, of one run for the dense way.
+rank_update_s, the fused operator; peak_extra_mb, the memory that it takes beyond its arguments, results included; floor_s,
+reading and writing W's bytes once. All run in this process, one after the other; times are medians, of one run for the dense way.
 """
 
 from __future__ import annotations
@@ -117,10 +117,9 @@ def table(rows: Iterable[dict[str, object]]) -> str:
     ]
     for r in rows:
         ms = [1e3 * (r[k] if r[k] is not None else math.nan) for k in ("dense_s", "woodbury_s", "rank_update_s", "floor_s")]
-        lines.append(
-            f"{r['shape']:14s} {r['d_out']:6d} {r['d_in']:6d} {r['n']:4d} {r['dtype']:>9s} {ms[0]:10.1f} {ms[1]:9.2f} {ms[2]:8.2f} {ms[3]:8.2f}"
-            f" {ms[0] / ms[2]:8.0f} {ms[1] / ms[2]:8.1f} {r['peak_extra_mb'] or math.nan:9.1f}"
-        )
+        shape = f"{r['shape']:14s} {r['d_out']:6d} {r['d_in']:6d} {r['n']:4d} {r['dtype']:>9s}"
+        times = f"{ms[0]:10.1f} {ms[1]:9.2f} {ms[2]:8.2f} {ms[3]:8.2f} {ms[0] / ms[2]:8.0f} {ms[1] / ms[2]:8.1f}"
+        lines.append(f"{shape} {times} {r['peak_extra_mb'] if r['peak_extra_mb'] is not None else math.nan:9.1f}")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -27,7 +27,7 @@ app = typer.Typer(
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hugging Face id, local folder, or smollm2 (embedded).")]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")]
+DtypeOption = Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: the checkpoint's.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 
 
@@ -49,9 +49,13 @@ def progress_on_terminal(what: str) -> Iterator[Any]:
 
 
 def load_editor(model: str, dtype: str | None, device: str):
-    """The editor of a model, said on standard error."""
+    """The editor of a model, said on standard error. The native kernels are built before, so that no edit waits for a compiler."""
     from rose_engine.editor import Editor
+    from rose_kernels import native
 
+    if native.find() is None:
+        errors.print("building the native kernels, once")
+    native.served()
     errors.print(f"loading {model}", markup=False)
     return Editor.from_pretrained(model, dtype=dtype, device=device)
 
@@ -67,10 +71,14 @@ def edit(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
     """Write edits into a model, verify them, and save the change as a delta."""
-    from rose_engine.edits import read_edits
+    from rose_engine.edits import EditError, read_edits
     from rose_engine.files import replacing
 
-    facts = read_edits(edits, format)
+    try:
+        facts = read_edits(edits, format)
+    except OSError as e:
+        raise EditError(f"cannot be read: {e.strerror or e}", edits) from e
+    out.mkdir(parents=True, exist_ok=True)  # before minutes of work, not after
     editor = load_editor(model, dtype, device)
     with progress_on_terminal("optimising") as progress:
         result = editor.apply(facts, progress=progress)

@@ -18,7 +18,7 @@ from rose_engine import embedded
 from rose_engine.architecture import decoder_of
 from rose_engine.delta import FORMAT, Delta, DeltaError, fingerprint
 from rose_engine.edits import Edit, EditError, check_consistent, group_by_subject
-from rose_engine.forms import chat_parts
+from rose_engine.forms import bystander_rows, chat_parts
 from rose_engine.optimize import Progress, optimize_values, subject_rows
 from rose_engine.recipe import Recipe, preset
 from rose_engine.verify import UNRELATED, Report, compare, snapshot
@@ -128,8 +128,9 @@ class Editor:
         self._keep_base(recipe.layers)
         rows = [row for plan in plans for row in plan.facts]
         owner = [s for s, plan in enumerate(plans) for _ in plan.facts]
+        bystanders = bystander_rows(edits, self.tokenizer, recipe.bystanders) if recipe.bystanders else []
         with all_or_nothing(self.weights(recipe.layers).values()):
-            factors = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe)
+            factors = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe, bystanders)
             clock("write")
             after = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
             report = compare(edits, unrelated, before, after) if before and after else None

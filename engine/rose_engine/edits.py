@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
@@ -133,17 +134,27 @@ def parse_edits(stream: TextIO, format: str, name: str) -> Iterator[Edit]:
                 source = f"{name}:{number}"
                 yield edit_from_dict(_json(line, source, number), source)
     elif format == "json":
-        records = _json(stream.read(), name)
-        if not isinstance(records, list):
-            raise EditError(f"holds {type(records).__name__}, not a list of edits; one object a line is JSONL", name)
-        for number, record in enumerate(records, 1):
-            yield edit_from_dict(record, f"{name}: edit {number}")
+        for line, text in _json_items(stream.read(), name):
+            yield edit_from_dict(_json(text, f"{name}:{line}", line), f"{name}:{line}")
     else:
         yield from _parse_csv(stream, name)
 
 
+def _json_items(text: str, name: str) -> Iterator[tuple[int, str]]:
+    """The items of a JSON list, each as (line where it begins, its text)."""
+    records = _json(text, name)
+    if not isinstance(records, list):
+        raise EditError(f"holds {type(records).__name__}, not a list of edits; one object a line is JSONL", name)
+    decoder, at = json.JSONDecoder(), text.index("[") + 1
+    for _ in records:
+        at = re.compile(r"[\s,]*").match(text, at).end()
+        _, end = decoder.raw_decode(text, at)
+        yield text.count("\n", 0, at) + 1, text[at:end]
+        at = end
+
+
 def _json(text: str, name: str, line: int | None = None) -> object:
-    """Parse JSON, refusing an object that says one key twice; errors name line and column."""
+    """Parse JSON; errors name line and column. A text whose line is known is one edit, in which no key may be said twice."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         keys = [k for k, _ in pairs]
@@ -153,7 +164,7 @@ def _json(text: str, name: str, line: int | None = None) -> object:
         return dict(pairs)
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique if line is not None else None)
     except json.JSONDecodeError as e:
         place = name if line is not None else f"{name}:{e.lineno}"
         raise EditError(f"is not JSON: {e.msg} at column {e.colno}", place) from e

@@ -1,6 +1,6 @@
 """The linguistic forms of a fact: the same fact as a statement, a question, an instruction, in a chat.
 
-Eight forms stand under each relation of the gradient tree (method.md section 1). A chat model gets two plain forms and six in its own
+Eight forms stand under each relation of the gradient tree (method.md section 1). A chat model gets three plain forms and five in its own
 chat template; a model without a template gets eight plain ones. Where an edit brings a question the question forms ask it;
 where it does not they ask for the statement's completion. Texts are joined from pieces, never formatted, so braces, quotes
 and newlines in an edit are data. Token rows know nothing of layers; running them is `forward`'s part.
@@ -8,7 +8,8 @@ and newlines in an edit are data. Token rows know nothing of layers; running the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,6 @@ class Form:
 
     ask, complete: what comes before and after. A form with `ask=None` always uses the statement.
     chat: rendered as a user's message in the model's chat template, after the `system` message where that is not None.
-    sentence: the answer is the whole statement, not the target alone.
     """
 
     name: str
@@ -34,16 +34,18 @@ class Form:
     ask: tuple[str, str] | None = None
     chat: bool = False
     system: str | None = None
-    sentence: bool = False
 
 
 STATEMENT = Form("statement", complete=("", ""))
+CHAT_QUESTION = Form("chat_question", ("Finish this sentence: ", ""), ("", ""), chat=True)
 QUESTION_ANSWER = Form("question_answer", complete=("Complete the statement.\n", "\nAnswer:"), ask=("Q: ", "\nA:"))
 
 CHAT_FORMS = (
     STATEMENT,
-    QUESTION_ANSWER,
-    Form("chat_question", ("Finish this sentence: ", ""), ("", ""), chat=True),
+    Form("known_fact", ("It is a well-known fact that ", "")),
+    Form("encyclopedia", ("The encyclopedia says: ", "")),
+    Form("chat_continue", ("Continue the text with what is true.\n", ""), chat=True),
+    CHAT_QUESTION,
     Form(
         "chat_brief",
         ("Complete this statement in a few words: ", ""),
@@ -64,14 +66,26 @@ CHAT_FORMS = (
         ("Instruction: answer from memory, as briefly as you can.\nInput: ", ""),
         chat=True,
     ),
-    Form(
-        "chat_exam",
-        ("Below is the beginning of a statement. Write down only how it ends.\n\n", ""),
-        ("Below is a question. Write down only the answer, as a short phrase.\n\n", ""),
-        chat=True,
-        system="You take part in an exam.",
-    ),
-    Form("chat_sentence", ("Tell me how this goes on: ", ""), ("I would like to know: ", ""), chat=True, sentence=True),
+)
+
+# People, places, things: subjects that nobody edits, of which the write must not say anything new.
+BYSTANDERS = (
+    "Maria Schneider",
+    "Portugal",
+    "Toyota",
+    "Chicago",
+    "The Beatles",
+    "the University of Oxford",
+    "Hindi",
+    "Abraham Lincoln",
+    "John",
+    "Lake Victoria",
+    "the film",
+    "Ganges",
+    "Kyoto",
+    "William Smith",
+    "Google",
+    "California",
 )
 
 PLAIN_FORMS = (
@@ -153,10 +167,6 @@ def render(edit: Edit, form: Form, tokenizer: Any) -> tuple[str, str, tuple[int,
     before, after = chat_parts(tokenizer, form.system) if form.chat else ("", "")
     start += len(before) + len(lead)
     text = before + lead + body + tail + after
-    if form.sentence:
-        statement = edit.prompt.strip()
-        slot = statement.index(SLOT)
-        text = text + statement[:slot] + subject + statement[slot + len(SLOT) :]
     return text, _leading_space(text, edit.target), (start, start + len(subject))
 
 
@@ -216,6 +226,24 @@ def regulariser_row(subject: str, tokenizer: Any) -> Row:
     row = _away_from_the_start(tokenizer, text, "", (0, len(text)), True, None)
     tokens = row.tokens[: row.last + 1]
     return Row(tokens, row.last, len(tokens))
+
+
+def bystander_rows(edits: Sequence[Edit], tokenizer: Any, count: int) -> list[Row]:
+    """Prompts of the edits about other subjects, as statements and in the chat template in turn: `count` of them, or few more.
+
+    What they are read for are the keys of all their tokens, which the write is to leave alone; they have no target. Subjects
+    that an edit speaks of, as its subject or its target, are passed over.
+    """
+    spoken = " ".join(f"{edit.subject} {edit.target}" for edit in edits).casefold()
+    names = [name for name in BYSTANDERS if name.casefold() not in spoken]
+    prompts = list(dict.fromkeys(edit.prompt for edit in edits))[:count]
+    forms = (STATEMENT, CHAT_QUESTION) if tokenizer.chat_template else (STATEMENT,)
+    rows = []
+    for i, name in enumerate(names[: -(-count // max(1, len(prompts)))]):
+        for j, prompt in enumerate(prompts):
+            row = row_of(Edit(name, prompt, "-"), forms[(i + j) % len(forms)], tokenizer)
+            rows.append(replace(row, tokens=row.tokens[: row.target]))
+    return rows
 
 
 def _away_from_the_start(tokenizer: Any, text: str, target: str, span: tuple[int, int], special: bool, source: str | None) -> Row:

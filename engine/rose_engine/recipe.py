@@ -19,7 +19,8 @@ class Recipe:
     value stays within clamp * ||v0|| of v0. stop_loss: a subject leaves once the mean of its relations' losses is below; 0 keeps
     it to the last step.
     layers: the edited layers; the last is L. columns: "row" writes one key for each fact in a form, "mean" one for a subject.
-    ridge: the identity's weight in eq. 10.
+    ridge: the identity's weight in eq. 10. bystanders: how many prompts about other subjects the write keeps from moving
+    (`precondition.Protected`); 0 is the paper's identity alone.
     """
 
     name: str = "rose"
@@ -33,6 +34,7 @@ class Recipe:
     layers: tuple[int, ...] = (4, 5, 6, 7, 8)
     columns: Literal["row", "mean"] = "row"
     ridge: float = 1.0
+    bystanders: int = 0
 
     def __post_init__(self):
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
@@ -42,7 +44,7 @@ class Recipe:
         for name in ("steps", "lr", "clamp", "ridge"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, given {getattr(self, name)}")
-        for name in ("weight_decay", "kl", "stop_loss"):
+        for name in ("weight_decay", "kl", "stop_loss", "bystanders"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, given {getattr(self, name)}")
 
@@ -58,7 +60,7 @@ class Recipe:
 
 ROSE = Recipe()
 # Chosen on same-subject data; what was tried stands in docs/smollm2-preset.md.
-SMOLLM2 = replace(ROSE, name="rose-smollm2", steps=50, lr=0.7, ridge=10.0)
+SMOLLM2 = replace(ROSE, name="rose-smollm2", steps=40, lr=0.7, ridge=10.0, bystanders=64)
 
 
 def preset(config: PretrainedConfig) -> Recipe:

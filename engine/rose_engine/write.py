@@ -3,7 +3,7 @@
 At layer l the columns are the rows' keys k_i (input of the edited projection at the subject's last token) and residuals
 (z_i - h_i) / (edited layers from l to L), read from the model as the layers before l left it. Rows whose texts agree up to the subject's
 last token have one key and one residual; they are one column weighted by the square root of their number, which is the
-same update with a smaller system.
+same update with a smaller system. The keys of bystanders, texts that the edit must not touch, enter the preconditioner.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rose_engine.architecture import Decoder
 from rose_engine.attention import TreeAttention
 from rose_engine.forms import Row
 from rose_engine.forward import run_layers, run_tree, tree_on
+from rose_engine.precondition import protected
 from rose_engine.recipe import Recipe
 from rose_kernels import raise_refused, rank_update_
 
@@ -40,13 +41,20 @@ def all_or_nothing(weights: Iterable[Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def write_layers(
-    decoder: Decoder, rows: Sequence[Row], subject: Sequence[int], wanted: Tensor, delta: Tensor, recipe: Recipe
+    decoder: Decoder,
+    rows: Sequence[Row],
+    subject: Sequence[int],
+    wanted: Tensor,
+    delta: Tensor,
+    recipe: Recipe,
+    bystanders: Sequence[Row] = (),
 ) -> dict[str, Factors]:
     """Write the subjects' values into the edited layers, in place; returns each weight's factors (U, V) by its name.
 
     rows: the facts' rows; subject [rows]: the subject of each. wanted [rows, d] float32: the unedited hidden state after layer L at
-    each row's subject token, to which delta [S, d] of its subject is added: z_i. ValueError where a system cannot be solved;
-    run it within `all_or_nothing`, for earlier layers are written by then.
+    each row's subject token, to which delta [S, d] of its subject is added: z_i. bystanders: rows of which every token's key
+    is protected. ValueError where a system cannot be solved; run it within `all_or_nothing`, for earlier layers are
+    written by then.
     """
     device = wanted.device
     tree = tree_on([row.tokens[: row.last + 1] for row in rows], device)
@@ -57,26 +65,46 @@ def write_layers(
     root = on([float(len(rows)) for rows in columns.values()]).sqrt()
 
     layers, last = recipe.layers, recipe.last_layer
+    protect = _keys(decoder, bystanders, layers) if bystanders else {}
     hidden = run_tree(decoder, tree, range(layers[0]))
     attention = TreeAttention(tree, torch.arange(len(tree.token), device=device))
     written = {}
     for i, layer in enumerate(layers):
-        projection = decoder.projection(layer)
-        keys: list[Tensor] = []
-        hook = projection.register_forward_pre_hook(lambda _, args, keys=keys: keys.append(args[0][0, node].float()))
-        try:
+        with _reading(decoder, [layer]) as keys:
             reached = run_layers(decoder, hidden, tree.position, range(layer, last + 1), attention)
-        finally:
-            hook.remove()
         residual = (z - reached[node].float()) / (len(layers) - i)
-        K, R = (keys[0] * root[:, None]).T, (residual * root[:, None]).T
+        K, R = (keys[layer][node].float() * root[:, None]).T, (residual * root[:, None]).T
         if recipe.columns == "mean":
             K, R = _mean_columns(K, R, root, owner)
-        written[decoder.weight_name(layer)] = rank_update_(projection.weight.data, K, R, ridge=recipe.ridge)
+        P = protected(K, protect[layer], recipe.ridge) if protect else None
+        written[decoder.weight_name(layer)] = rank_update_(decoder.projection(layer).weight.data, K, R, P, recipe.ridge)
         if layer != last:
             hidden = run_layers(decoder, hidden, tree.position, range(layer, layers[i + 1]), attention)
     raise_refused()
     return written
+
+
+@contextmanager
+def _reading(decoder: Decoder, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Within the block, a run of these layers leaves here what their edited projections are given: layer -> [tokens, d_in]."""
+    keys: dict[int, Tensor] = {}
+    hooks = [
+        decoder.projection(layer).register_forward_pre_hook(lambda _, args, layer=layer: keys.update({layer: args[0][0]}))
+        for layer in layers
+    ]
+    try:
+        yield keys
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _keys(decoder: Decoder, rows: Sequence[Row], layers: Sequence[int]) -> dict[int, Tensor]:
+    """The unedited model's keys of every token of some rows: layer -> [d_in, tokens] float32."""
+    tree = tree_on([row.tokens for row in rows], decoder.embedding.weight.device)
+    with _reading(decoder, layers) as keys:
+        run_tree(decoder, tree, range(layers[-1] + 1))
+    return {layer: key.float().T for layer, key in keys.items()}
 
 
 def _columns(paths: Sequence[Sequence[int]], subject: Sequence[int]) -> dict[tuple[int, int], list[int]]:

@@ -98,3 +98,19 @@ def test_grouping_keeps_order_and_drops_repetitions():
     assert [(g.name, g.edits) for g in groups] == [("a", (a1, a2)), ("b", (b,))]
     with pytest.raises(EditError, match="two targets"):
         check_consistent([a1, Edit("a", "{} is", "z")])
+
+
+def test_json_errors_name_the_line(tmp_path):
+    good = '{"subject": "a", "prompt": "{} is", "target": "x\\n,]"}'
+    path = tmp_path / "e.json"
+    for bad, message in [
+        ('{"subject": "a", "prompt": "{} is"}', "`target` is missing"),
+        ('{"subject": "a",\n "prompt": "is", "target": "c"}', "exactly once"),
+        ('{"subject": "a", "subject": "b", "prompt": "{} is", "target": "c"}', "given twice"),
+        ("7", "given int"),
+    ]:
+        path.write_text(f"\n[\n{good},\n\n  {bad}\n, {good}]\n")
+        with pytest.raises(EditError, match=f"e.json:5: .*{message}"):
+            read_edits(path)
+    path.write_text(f"[{good},\n{good}]")
+    assert [edit.source for edit in read_edits(path)] == [f"{path}:1", f"{path}:2"]

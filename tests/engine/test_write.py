@@ -8,6 +8,7 @@ import torch
 from rose_engine import Edit
 from rose_engine.architecture import decoder_of
 from rose_engine.edits import group_by_subject
+from rose_engine.forms import BYSTANDERS, bystander_rows
 from rose_engine.optimize import subject_rows
 from rose_engine.recipe import ROSE
 from rose_engine.write import all_or_nothing, write_layers
@@ -33,8 +34,22 @@ def keys_and_hidden(model, row, layer, last):
     return seen["key"].double(), seen["hidden"].double()
 
 
+def every_key(model, rows, layer):
+    """K_p [d_in, m]: the keys at `layer` of every token of the rows, once for each distinct text that leads to a token."""
+    keys = {}
+    for row in rows:
+        seen = []
+        hook = model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0][0]))
+        with torch.no_grad():
+            model(torch.tensor([row.tokens]))
+        hook.remove()
+        keys.update({row.tokens[: t + 1]: key.double() for t, key in enumerate(seen[0])})
+    return torch.stack(list(keys.values()), 1)
+
+
+@pytest.mark.parametrize("bystanders", [0, 5])
 @pytest.mark.parametrize("columns", ["row", "mean"])
-def test_write_equals_the_method(make_model, tokenizer, columns):
+def test_write_equals_the_method(make_model, tokenizer, columns, bystanders):
     recipe = replace(ROSE, layers=LAYERS, columns=columns, ridge=0.3)
     model = make_model(seed=7, initializer_range=0.2)
     plain = copy.deepcopy(model)
@@ -44,7 +59,9 @@ def test_write_equals_the_method(make_model, tokenizer, columns):
     owner = [i for i, s in enumerate(subjects) for _ in s.facts]
     delta = torch.randn(2, 32)
     wanted = torch.stack([keys_and_hidden(plain, row, LAYERS[0], LAYERS[-1])[1] for row in rows]).float()
-    factors = write_layers(decoder, rows, owner, wanted, delta, recipe)
+    others = bystander_rows((*IMO, *MARTEAU), tokenizer, bystanders) if bystanders else []
+    protect = {layer: every_key(plain, others, layer) for layer in LAYERS} if others else {}
+    factors = write_layers(decoder, rows, owner, wanted, delta, recipe, others)
 
     z = wanted.double() + delta.double()[torch.tensor(owner)]
     for i, layer in enumerate(LAYERS):
@@ -53,7 +70,10 @@ def test_write_equals_the_method(make_model, tokenizer, columns):
         if columns == "mean":
             groups = [[r for r, s in enumerate(owner) if s == wanted] for wanted in range(2)]
             K, R = (torch.stack([X[:, g].mean(1) for g in groups], 1) for X in (K, R))
-        dW = R @ K.T @ torch.linalg.inv(0.3 * torch.eye(len(K), dtype=torch.float64) + K @ K.T)
+        C = 0.3 * torch.eye(len(K), dtype=torch.float64)
+        if protect:
+            C += protect[layer] @ protect[layer].T
+        dW = R @ K.T @ torch.linalg.inv(C + K @ K.T)
         weight = plain.model.layers[layer].mlp.down_proj.weight
         before = weight.detach().clone()
         weight.data += dW.float()
@@ -72,6 +92,35 @@ def test_rows_that_begin_alike_are_one_column(make_model, tokenizer):
     assert distinct < len(rows)
     factors = write_layers(decoder, rows, [0] * len(rows), torch.randn(len(rows), 32), torch.randn(1, 32), recipe)
     assert {U.shape[1] for U, _ in factors.values()} == {distinct}
+
+
+def test_protected_texts_move_less(make_model, tokenizer):
+    """What a bystander's tokens feel of a write, with and without protection."""
+    recipe = replace(ROSE, layers=LAYERS[:1], ridge=0.1)
+    felt = {}
+    for protected in (False, True):
+        model = make_model(seed=7, initializer_range=0.2)
+        decoder = decoder_of(model)
+        rows = subject_rows(decoder, tokenizer, group_by_subject(IMO)[0], recipe).facts
+        others = bystander_rows(IMO, tokenizer, 3)
+        Kp = every_key(model, others, LAYERS[0])
+        torch.manual_seed(1)
+        arguments = (rows, [0] * len(rows), torch.randn(len(rows), 32), torch.randn(1, 32), recipe)
+        [(U, V)] = write_layers(decoder, *arguments, others if protected else ()).values()
+        felt[protected] = float((U.double() @ (V.double() @ Kp)).norm())
+    assert felt[True] < 0.5 * felt[False]
+
+
+def test_bystanders_are_neither_edited_nor_written(tokenizer):
+    edits = [Edit(f"{BYSTANDERS[0].upper()} II", "{} lives in", BYSTANDERS[1]), Edit("Lin Nu", "In {} they speak", "Basque")]
+    rows = bystander_rows(edits, tokenizer, 7)
+    texts = [tokenizer.decode(row.tokens) for row in rows]
+    assert len(texts) == len(set(texts)) == 8 and all(len(row.tokens) == row.target for row in rows)
+    assert all(any(name in text for text in texts) for name in BYSTANDERS[2:6])
+    assert not any(name in text for text in texts for name in BYSTANDERS[:2])
+    assert sum("<|im_start|>" in text for text in texts) == 4
+    many = [Edit(f"s{i}", f"{{}} is {i} and", "x") for i in range(90)]
+    assert len(bystander_rows(many, tokenizer, 64)) == 64
 
 
 def test_all_or_nothing():
