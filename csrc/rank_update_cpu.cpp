@@ -361,8 +361,10 @@ void add_low_rank(const Write* writes, int64_t count) {
   };
   std::vector<Task> tasks;
   for (const Write* job = writes; job < writes + count; ++job) {
+    // As many columns as V's part of them fits in cache, but enough tasks for every thread to have several.
     const int64_t fits = cached_bytes / (int64_t(sizeof(float)) * std::max<int64_t>(job->n, 1)) / panel * panel;
-    const int64_t columns = std::clamp<int64_t>(fits, panel, 4096);
+    const int64_t shared = (job->columns / (4 * at::get_num_threads()) + panel - 1) / panel * panel;
+    const int64_t columns = std::max<int64_t>(std::min(fits, shared), panel);
     for (int64_t left = 0; left < job->columns; left += columns)
       for (int64_t top = 0; top < job->rows; top += task_rows) tasks.push_back({job, top, left, columns});
   }

@@ -47,6 +47,10 @@ def add_low_rank_(W: Sequence[Tensor], U: Sequence[Tensor], V: Sequence[Tensor])
     W[i] [d_out, d_in] float32, bfloat16 or float16, all on one device and apart in memory; U[i] [d_out, n] and V[i] [n, d_in] float32.
     ValueError, with every weight untouched, where shapes do not fit or a weight overlaps itself or its factors.
     """
+    _write(W, U, V)
+
+
+def _write(W: Sequence[Tensor], U: Sequence[Tensor], V: Sequence[Tensor]) -> None:
     if not len(W) == len(U) == len(V):
         raise ValueError(f"as many W, U and V are needed, given {len(W)}, {len(U)} and {len(V)}")
     if not W:
@@ -101,7 +105,7 @@ def rank_update_(W: Tensor, K: Tensor, R: Tensor, P: Tensor | None = None, ridge
         return U, V
     check_finite(K=K, P=P, R=R)
     V = rank_solve(rank_gram(K, P), K if P is None else P, ridge)
-    add_low_rank_([W], [U], [V])
+    _write([W], [U], [V])
     return U, V
 
 

@@ -59,8 +59,8 @@ def test_without_a_compiler_plain_torch_serves(tmp_path):
 
 @NEEDS_COMPILER
 def test_a_failed_build_warns_once_and_names_its_log(tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'strange dialect' >&2\nexit 1\n")
+    compiler = tmp_path / "picky-c++"  # tells its version, compiles nothing
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-c*) echo \'strange dialect\'; exit 1;; esac\nexec c++ "$@"\n')
     compiler.chmod(0o755)
     out, err = finish(start(tmp_path, CXX=str(compiler)))
     log = (tmp_path / "native" / native.library_name()).with_suffix(".log")

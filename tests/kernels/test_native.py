@@ -39,7 +39,7 @@ def test_against_float64_at_any_size(n, d_in, d_out, ridge, seed):
     assert torch.equal(U, R)
     assert (V.double() - exact).norm() <= 1e-6 * exact.norm()
     change = R.double() @ exact
-    bound = 2e-7 * (before.abs() + (n + 1) * (R.double().abs() @ exact.abs()))
+    bound = 1e-7 * (n + 2) * (before.abs() + R.double().abs() @ exact.abs())
     assert ((W.double() - before - change).abs() <= bound).all()
 
 

@@ -105,14 +105,6 @@ def test_a_list_is_refused_whole(writer, device):
     assert all(torch.equal(a, b) for a, b in zip(singly, mixed, strict=True))
 
 
-def test_a_parameter_that_wants_a_gradient_is_refused(writer, device):
-    W, K, R = make(20, 30, 4, torch.float32, 6, device)
-    parameter = torch.nn.Parameter(W.clone())
-    with pytest.raises(RuntimeError, match="requires grad"):
-        rank_update_(parameter, K, R)
-    assert torch.equal(parameter, W)
-
-
 def test_shards_of_d_in_make_the_whole_update(writer, device):
     """What tensor-parallel ranks do: each has some rows of K and columns of W, and the Gram matrices are added up."""
     W, K, R = make(20, 90, 8, torch.float32, 6, device)
@@ -130,6 +122,12 @@ def test_bad_write_arguments_are_named(monkeypatch, device):
     monkeypatch.setenv("ROSE_BACKEND", "triton")
     W, K, U = make(20, 30, 4, torch.float32, 6, device)
     V = K.T.contiguous()
-    for name, arguments in (("W", (W.T, U, V)), ("U", (W, U[1:], V)), ("V", (W, U, V[:, 1:])), ("U", (W, U.double(), V))):
-        with pytest.raises(ValueError, match=f"^{name} must"):
+    turned = W.T.contiguous().T
+    for message, arguments in (
+        ("W must", (turned, U, V)),
+        ("does not fit", (W, U[1:], V)),
+        ("V must", (W, U, K.T)),
+        ("U must", (W, U.double(), V)),
+    ):
+        with pytest.raises(ValueError, match=message):
             add_low_rank_(*([a] for a in arguments))
