@@ -67,16 +67,13 @@ class TreeAttention:
 class SuffixAttention:
     """The tokens of each suffix attend to their row's cached prefix and, causally, to the suffix itself.
 
-    keys, values: layer -> [B, KV, longest prefix, h], copied out of the tree once; the step reads them and nothing else of
-    the prefix.
+    The prefixes' keys and values stay in the tree, once for all rows that share them, and are gathered layer by layer.
     """
 
     def __init__(self, suffixes: Suffixes, tree: TreeAttention, tree_place: Tensor):
         s = suffixes
-        self.suffixes = s
-        place = tree_place[s.prefix]
-        self.keys = {layer: k[place].transpose(1, 2).to(_core_dtype(k)).contiguous() for layer, k in tree.keys.items()}
-        self.values = {layer: v[place].transpose(1, 2).to(_core_dtype(v)).contiguous() for layer, v in tree.values.items()}
+        self.suffixes, self.tree = s, tree
+        self.place = tree_place[s.prefix]
         column = torch.arange(s.prefix.shape[1], device=s.node.device)
         query = torch.arange(s.pad.shape[1], device=s.node.device)
         seen = (column < s.prefix_length[:, None])[:, None, :].expand(-1, len(query), -1)
@@ -87,8 +84,9 @@ class SuffixAttention:
         s, dtype = self.suffixes, _core_dtype(q)
         heads, kv, width = q.shape[1], k.shape[1], s.pad.shape[1]
         spread = lambda x: x[0][:, s.pad].transpose(0, 1).to(dtype)  # noqa: E731  [B, heads, longest, h]
-        keys = torch.cat([self.keys[layer], spread(k)], dim=2)
-        values = torch.cat([self.values[layer], spread(v)], dim=2)
+        past = lambda x: x[self.place].transpose(1, 2).to(dtype)  # noqa: E731  [B, KV, longest prefix, h]
+        keys = torch.cat([past(self.tree.keys[layer]), spread(k)], dim=2)
+        values = torch.cat([past(self.tree.values[layer]), spread(v)], dim=2)
         query = spread(q).reshape(len(s.row), kv, -1, q.shape[-1])
         out = _core(query, keys, values, self.mask.repeat(1, 1, heads // kv, 1), scaling)
         out = out.reshape(len(s.row), heads, width, -1).transpose(1, 2).flatten(0, 1)[s.flat]

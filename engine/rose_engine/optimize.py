@@ -27,7 +27,7 @@ from rose_kernels.reference import segment_mean
 
 # Suffix tokens whose activations exist at one time, and suffix tokens whose prefixes are held at one time. The first bounds the
 # memory of a step, the second that of a batch of subjects; neither changes a result beyond rounding.
-STEP_TOKENS = 128
+STEP_TOKENS = 96
 BATCH_TOKENS = 2048
 
 
