@@ -72,20 +72,20 @@ CHAT_FORMS = (
 BYSTANDERS = (
     "Maria Schneider",
     "Portugal",
-    "Toyota",
-    "Chicago",
+    "Siemens",
+    "Melbourne",
     "The Beatles",
     "the University of Oxford",
     "Hindi",
-    "Abraham Lincoln",
-    "John",
+    "Florence Nightingale",
+    "my neighbour",
     "Lake Victoria",
     "the film",
     "Ganges",
     "Kyoto",
     "William Smith",
-    "Google",
-    "California",
+    "Panasonic",
+    "Bolivia",
 )
 
 PLAIN_FORMS = (
