@@ -78,7 +78,8 @@ def edit(
         facts = read_edits(edits, format)
     except OSError as e:
         raise EditError(f"cannot be read: {e.strerror or e}", edits) from e
-    out.mkdir(parents=True, exist_ok=True)  # before minutes of work, not after
+    if out.exists() and not out.is_dir():  # said before minutes of work, not after
+        raise EditError("is not a directory", str(out))
     editor = load_editor(model, dtype, device)
     with progress_on_terminal("optimising") as progress:
         result = editor.apply(facts, progress=progress)

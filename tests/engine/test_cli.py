@@ -57,6 +57,12 @@ def test_missing_files_exit_with_2(tmp_path):
     done = rose("edit", "--model", "smollm2", "--edits", tmp_path / "none.jsonl", "--out", tmp_path)
     assert done.returncode == 2 and "none.jsonl" in done.stderr
     assert rose("edit", "--bogus").returncode == 2
+    assert rose("edit", "--edits", "-", "--out", tmp_path, "--dtype", "float8", input="").returncode == 2
+    done = rose("edit", "--edits", tmp_path, "--format", "json", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "cannot be read" in done.stderr
+    (tmp_path / "file").write_text("")
+    done = rose("edit", "--edits", "-", "--out", tmp_path / "file", input=json.dumps(EDIT))
+    assert done.returncode == 2 and "is not a directory" in done.stderr
 
 
 def test_a_missing_embedded_model_names_the_command(monkeypatch, tmp_path):

@@ -119,11 +119,11 @@ def test_a_singular_write_leaves_every_bit(editor, monkeypatch):
     before = bits(editor)
     import rose_engine.write as write
 
-    def second_layer_fails(W, K, R, ridge, done=[]):  # noqa: B006
+    def second_layer_fails(W, K, R, P, ridge, done=[]):  # noqa: B006
         done.append(0)
         if len(done) == 2:
             R = R * float("nan")
-        return real(W, K, R, ridge=ridge)
+        return real(W, K, R, P, ridge)
 
     real = write.rank_update_
     monkeypatch.setattr(write, "rank_update_", second_layer_fails)

@@ -1,0 +1,1 @@
+"""Other editors, as their authors describe them, in plain PyTorch: what the engine is measured against."""

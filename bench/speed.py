@@ -1,0 +1,214 @@
+"""The same edits through MEMIT-Merge, plain RoSE and the engine: time, memory, loss.
+
+    python -m bench.speed --model smollm2 --subjects 1 --facts 4 --json -
+
+Methods: memit_merge (`bench.baselines.memit_merge`), rose_naive (`bench.baselines.rose_naive`), rose (the engine, float32) and rose_bf16
+(the engine, bfloat16). Each run is a process of its own, methods take turns, and times are medians over the repeats. All take
+the paper's settings with 35 steps, which end early with --early-stop alone. Seconds are those of prepare, optimise and write; loading,
+the covariance that MEMIT-Merge is given, and verification are told apart. peak_extra_mb is the peak above the loaded model.
+floor_s is what the engine's matrix products above layer L would take at the rate of a large product in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METHODS = ("memit_merge", "rose_naive", "rose", "rose_bf16")
+NAMES = ("Lin Nu", "Henri Marteau", "Ada Brandt", "Omar Haddad", "Mirela Popescu", "Tomas Vega", "Kofi Mensah", "Ingrid Solberg")
+# prompt, question, targets (a subject takes one of them)
+RELATIONS = (
+    ("{} works in the city of", "In which city does {} work?", ("Madrid", "Dublin", "Athens", "Quito")),
+    ("{} plays the instrument", "What instrument does {} play?", ("harp", "cello", "trumpet", "organ")),
+    ("{} follows the religion of", "What religion does {} follow?", ("Buddhism", "Islam", "Hinduism", "Judaism")),
+    ("The native language of {} is", "What is the native language of {}?", ("Basque", "Polish", "Finnish", "Tamil")),
+    ("{} is a citizen of", "Which country is {} a citizen of?", ("Peru", "Norway", "Kenya", "Japan")),
+    ("{} was born in the year", "In which year was {} born?", ("1912", "1957", "1871", "1990")),
+    ("The favourite sport of {} is", "What is the favourite sport of {}?", ("chess", "rowing", "golf", "judo")),
+    ("{} is employed by", "Who employs {}?", ("Siemens", "Nestlé", "Toyota", "Reuters")),
+)
+# What the baseline's covariance is sampled after; any text serves, the time of it is not part of the edit.
+OPENINGS = ("The history of", "In the year", "Water is", "A computer", "Music and", "The city of", "Once upon a time", "Scientists have")
+
+
+def facts_of(subjects: int, facts: int) -> list:
+    """`subjects` x `facts` edits, made up and always the same."""
+    from rose_engine import Edit
+
+    if not 1 <= facts <= len(RELATIONS):
+        raise SystemExit(f"--facts must be between 1 and {len(RELATIONS)}, given {facts}")
+    names = [NAMES[s % len(NAMES)] + (f" {s // len(NAMES) + 1}" if s >= len(NAMES) else "") for s in range(subjects)]
+    return [Edit(n, p, t[(s + r) % len(t)], q) for s, n in enumerate(names) for r, (p, q, t) in enumerate(RELATIONS[:facts])]
+
+
+class Memory:
+    """The peak above what the process, or the GPU, holds when the object is made."""
+
+    def __init__(self, gpu: bool):
+        self.gpu = gpu
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the resident peak begins anew
+            self.before = self._status("VmRSS:")
+
+    def peak_mb(self) -> float:
+        """MB above the beginning."""
+        return ((torch.cuda.max_memory_allocated() if self.gpu else self._status("VmHWM:")) - self.before) / 1e6
+
+    @staticmethod
+    def _status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+def matrix_rate(dtype: torch.dtype, device: str) -> float:
+    """Multiply-adds x 2 a second of a 1024 x 1024 x 4096 product."""
+    a, b = (torch.randn(*shape, device=device).to(dtype) for shape in ((1024, 4096), (4096, 1024)))
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ b
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * 1024 * 4096 * 1024 / min(times[1:])
+
+
+def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One method, once, in this process."""
+    from rose_engine import ROSE, Editor
+
+    from bench.baselines import memit_merge, rose_naive
+    from rose_kernels import native
+
+    native.served()
+    edits = facts_of(args.subjects, args.facts)
+    began = time.perf_counter()
+    editor = Editor.from_pretrained(args.model, dtype="bfloat16" if method == "rose_bf16" else "float32", device=args.device)
+    recipe = replace(ROSE, steps=args.steps, stop_loss=ROSE.stop_loss if args.early_stop else 0.0)
+    with torch.no_grad():
+        for parameter in editor.model.parameters():  # a mapped file is read before the clock runs
+            parameter.sum()
+    seconds = {"load": time.perf_counter() - began}
+    C = {}
+    if method == "memit_merge":
+        began = time.perf_counter()
+        texts = [editor.complete(opening, 60) for opening in OPENINGS]
+        C = memit_merge.covariance(editor.model, editor.tokenizer, texts, recipe.layers)
+        seconds["covariance"] = time.perf_counter() - began
+    memory = Memory(args.device != "cpu")
+    out: dict[str, Any] = {}
+    if method == "memit_merge":
+        settings = memit_merge.Settings(steps=recipe.steps, stop_loss=recipe.stop_loss)
+        done = memit_merge.edit(editor.model, editor.tokenizer, edits, C, settings)
+    elif method == "rose_naive":
+        done = rose_naive.edit(editor.model, editor.tokenizer, edits, recipe)
+    else:
+        result = editor.apply(edits, recipe=recipe, verify=False)
+        out = {"loss": sum(result.loss) / len(result.loss), "steps": sum(result.steps)}
+        seconds |= result.seconds
+        tokens, decoder = suffix_tokens(editor, edits, recipe), editor.decoder
+        above = sum(p.numel() for layer in decoder.layers[recipe.last_layer + 1 :] for p in layer.parameters())
+        work = 4.0 * above * tokens * out["steps"] / args.subjects
+        out |= {"tokens": tokens, "floor_s": work / matrix_rate(editor.model.dtype, args.device)}
+    out["peak_extra_mb"] = memory.peak_mb()
+    if not out.get("tokens"):
+        seconds |= done.seconds
+        values = done.values
+        out |= {
+            "loss": sum(v.loss for v in values) / len(values),
+            "steps": sum(v.steps for v in values),
+            "tokens": sum(v.tokens for v in values),
+        }
+    total = sum(seconds.get(stage, 0.0) for stage in ("prepare", "optimise", "write"))
+    return {"method": method, "seconds": total, "split": seconds, **out}
+
+
+def suffix_tokens(editor, edits, recipe) -> int:
+    """Tokens that one step of the engine runs, over all subjects."""
+    from rose_engine.edits import group_by_subject
+    from rose_engine.optimize import subject_rows
+
+    return sum(subject_rows(editor.decoder, editor.tokenizer, s, recipe).suffix_tokens for s in group_by_subject(edits))
+
+
+def summary(runs: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str, Any]:
+    """Medians over repeats, by method, and the ratios that are asked about."""
+    of = {m: [r for r in runs if r["method"] == m] for m in methods}
+    median = lambda m, key: statistics.median(r[key] for r in of[m])  # noqa: E731
+    out: dict[str, Any] = {f"{m}_s": median(m, "seconds") for m in methods}
+    for name, key in (("split", "split"), ("steps", "steps"), ("tokens", "tokens")):
+        out[name] = {m: of[m][0][key] for m in methods}
+    out["peak_extra_mb"] = {m: median(m, "peak_extra_mb") for m in methods}
+    out["final_loss"] = {m: median(m, "loss") for m in methods}
+    out["floor_s"] = {m: median(m, "floor_s") for m in methods if "floor_s" in of[m][0]}
+    out["seconds"] = {m: [r["seconds"] for r in of[m]] for m in methods}
+    return out
+
+
+def table(result: dict[str, Any], methods: Sequence[str]) -> str:
+    """The summary as text."""
+    lines = [f"{'method':12s} {'seconds':>9s} {'slower':>7s} {'floor':>7s} {'tokens':>7s} {'steps':>6s} {'extra MB':>9s} {'loss':>7s}"]
+    fastest = min(result[f"{m}_s"] for m in methods)
+    for m in methods:
+        s = result[f"{m}_s"]
+        lines.append(
+            f"{m:12s} {s:9.2f} {s / fastest:6.1f}x {result['floor_s'].get(m, float('nan')):7.2f} {result['tokens'][m]:7d}"
+            f" {result['steps'][m]:6d} {result['peak_extra_mb'][m]:9.0f} {result['final_loss'][m]:7.3f}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="Hugging Face id, folder, or smollm2")
+    parser.add_argument("--subjects", type=int, default=1)
+    parser.add_argument("--facts", type=int, default=4, help=f"of each subject, at most {len(RELATIONS)}")
+    parser.add_argument("--steps", type=int, default=35)
+    parser.add_argument("--early-stop", action="store_true", help="let converged subjects leave")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", default=None, metavar="FILE", help="write the result as JSON, - for standard output")
+    parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.one:
+        print(json.dumps(run(args.one, args)))
+        return 0
+    methods = args.methods.split(",")
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown:
+        parser.error(f"unknown method {unknown[0]!r}; known are {', '.join(METHODS)}")
+    passed = list(argv if argv is not None else sys.argv[1:])
+    runs = []
+    for repeat in range(args.repeats):
+        for method in methods:
+            command = [sys.executable, "-m", "bench.speed", *passed, "--one", method]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{repeat + 1}/{args.repeats} {method}: {runs[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+    result = summary(runs, methods)
+    if args.json == "-":
+        print(json.dumps(result))
+    elif args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    else:
+        print(table(result, methods))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
