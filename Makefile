@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 # The second run is short: the same engine where csrc could not be built.
 test: $(VENV)/.installed
 	$(RUN) -m pytest
-	ROSE_BACKEND=reference $(RUN) -m pytest tests/kernels/test_rank_update.py tests/engine/test_write.py tests/engine/test_delta.py
+	ROSE_BACKEND=reference $(RUN) -m pytest tests/engine/test_write.py tests/engine/test_delta.py tests/engine/test_editor.py
 
 test-all: $(VENV)/.installed
 	$(RUN) -m pytest -m "slow or not slow"

@@ -20,7 +20,7 @@ class NativeBuildHook(BuildHookInterface):
 
         self.folder = Path(tempfile.mkdtemp(prefix="rose_native."))
         library = native.compile_into(self.folder)
-        build_data["force_include"][str(library)] = f"rose_kernels/{native.library_name()}"
+        build_data["force_include"][str(library)] = f"rose_kernels/{native.library_name(native.with_cuda())}"
         build_data["pure_python"], build_data["infer_tag"] = False, True
 
     def finalize(self, version, build_data, artifact_path):

@@ -4,13 +4,14 @@
 #include "rank_update.h"
 
 #include <ATen/Parallel.h>
+#include <c10/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__) && defined(__gnu_linux__) && ((defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && __GNUC__ >= 12))
 #define ROSE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define ROSE_CLONES
@@ -28,7 +29,12 @@ typedef float f32x8 __attribute__((vector_size(32)));
 typedef double f64x8 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+#ifdef __FLT16_MAX__  // the compiler has float16 and converts vectors of it
+using float16 = _Float16;
 typedef _Float16 f16x16 __attribute__((vector_size(32)));
+#else
+using float16 = c10::Half;
+#endif
 
 template <class Vector, class T>
 ROSE_INLINE Vector load(const T* x) {
@@ -176,9 +182,20 @@ struct BF16 {
 };
 
 struct F16 {
-  using type = _Float16;
+  using type = float16;
+#ifdef __FLT16_MAX__
   static ROSE_INLINE f32x16 widen(const type* x) { return __builtin_convertvector(load<f16x16>(x), f32x16); }
   static ROSE_INLINE void narrow(type* x, f32x16 v) { store(x, __builtin_convertvector(v, f16x16)); }
+#else
+  static ROSE_INLINE f32x16 widen(const type* x) {
+    f32x16 v;
+    for (int i = 0; i < 16; ++i) v[i] = float(x[i]);
+    return v;
+  }
+  static ROSE_INLINE void narrow(type* x, f32x16 v) {
+    for (int i = 0; i < 16; ++i) x[i] = type(v[i]);
+  }
+#endif
 };
 
 // w[r][0 .. panel) += sum over k of u[k * panel_rows + r] * v[k * panel ..)
@@ -220,7 +237,7 @@ ROSE_CLONES void add_panels_f32(float* const* w, const float* u, const float* v,
 ROSE_CLONES void add_panels_bf16(uint16_t* const* w, const float* u, const float* v, int64_t n, int64_t panels) {
   add_panels<BF16>(w, u, v, n, panels);
 }
-ROSE_CLONES void add_panels_f16(_Float16* const* w, const float* u, const float* v, int64_t n, int64_t panels) {
+ROSE_CLONES void add_panels_f16(float16* const* w, const float* u, const float* v, int64_t n, int64_t panels) {
   add_panels<F16>(w, u, v, n, panels);
 }
 
@@ -375,7 +392,7 @@ void add_low_rank(const Write* writes, int64_t count) {
       switch (job->dtype) {
         case Float::f32: write_task<float>(*job, top, bottom, left, right, add_panels_f32); break;
         case Float::bf16: write_task<uint16_t>(*job, top, bottom, left, right, add_panels_bf16); break;
-        case Float::f16: write_task<_Float16>(*job, top, bottom, left, right, add_panels_f16); break;
+        case Float::f16: write_task<float16>(*job, top, bottom, left, right, add_panels_f16); break;
       }
     }
   });

@@ -186,10 +186,10 @@ struct Batch {
   int count;
 };
 
-template <class T>
-__device__ float widen(T x) {
-  return static_cast<float>(x);
-}
+// By name: the conversion operators are left out where torch compiles this file.
+__device__ float widen(float x) { return x; }
+__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float widen(__half x) { return __half2float(x); }
 
 template <class T>
 __device__ T narrow(float x);

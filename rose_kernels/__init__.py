@@ -5,12 +5,13 @@ Each is a `torch.library` operator under `rose::`; `reference` defines it and `b
 
 from rose_kernels.aggregate import aggregate_step_
 from rose_kernels.inject import inject, inject_, row_gradients
-from rose_kernels.rank_update import add_low_rank_, raise_refused, rank_gram, rank_solve, rank_update_, write_error
+from rose_kernels.rank_update import add_low_rank_, forget_refused, raise_refused, rank_gram, rank_solve, rank_update_, write_error
 from rose_kernels.target_nll import target_nll
 
 __all__ = [
     "add_low_rank_",
     "aggregate_step_",
+    "forget_refused",
     "inject",
     "inject_",
     "raise_refused",

@@ -41,25 +41,34 @@ def sources() -> list[Path]:
 
 
 def with_cuda() -> bool:
-    """Whether the CUDA kernels are part of the build: torch has CUDA and there is an nvcc."""
-    home = os.environ.get("CUDA_HOME")
-    return torch.version.cuda is not None and bool(shutil.which("nvcc") or (home and Path(home, "bin", "nvcc").exists()))
+    """Whether the CUDA kernels are part of a build made here: torch has CUDA and the toolkit that it finds has nvcc."""
+    if torch.version.cuda is None:
+        return False
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return CUDA_HOME is not None and Path(CUDA_HOME, "bin", "nvcc").exists()
 
 
-def library_name() -> str:
-    """The file name of the build that fits these sources, this torch and this platform."""
+CPP_FLAGS = ["-O3", "-fopenmp"]
+# Every chip that the kernels are checked for, and what later ones translate: a cache may be shared by machines with other GPUs, or none.
+CUDA_FLAGS = ["-O3", *(f"-gencode=arch=compute_{a},code={kind}_{a}" for a, kind in (("80", "sm"), ("90", "sm"), ("90", "compute")))]
+
+
+def library_name(cuda: bool) -> str:
+    """The file name of the build that fits these sources, this torch and this platform, with or without the CUDA kernels."""
     digest = hashlib.sha256()
-    for part in (torch.__version__, platform.system(), platform.machine(), torch.version.cuda if with_cuda() else ""):
-        digest.update(f"{part}\n".encode())
+    parts = (torch.__version__, platform.system(), platform.machine(), torch.version.cuda if cuda else "", CPP_FLAGS, CUDA_FLAGS)
+    digest.update(repr(parts).encode())
     for file in sources():
         digest.update(file.name.encode() + b"\n" + file.read_bytes())
     return f"rose_native-{digest.hexdigest()[:16]}.so"
 
 
 def find() -> Path | None:
-    """The library, built ahead of time or by an earlier process, or None."""
-    name = library_name()
-    return next((path for path in (HERE / name, cache_dir() / "native" / name) if path.exists()), None)
+    """The library, built ahead of time or by an earlier process, or None. One with CUDA kernels comes first where torch has CUDA."""
+    names = [library_name(cuda) for cuda in ((True, False) if torch.version.cuda and not with_cuda() else (with_cuda(),))]
+    places = (HERE, cache_dir() / "native")
+    return next((folder / name for name in names for folder in places if (folder / name).exists()), None)
 
 
 def tool_path() -> str:
@@ -92,7 +101,7 @@ def build() -> Path:
     missing = [name for name in (os.environ.get("CXX", "c++"), "ninja") if not shutil.which(name, path=tool_path())]
     if missing:
         raise BuildError(f"there is no {' and no '.join(missing)}")
-    target = cache_dir() / "native" / library_name()
+    target = cache_dir() / "native" / library_name(with_cuda())
     words = target.with_suffix(".log")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _held(target.with_suffix(".lock")):
@@ -100,12 +109,14 @@ def build() -> Path:
             return target
         if words.exists():
             raise BuildError(f"an earlier build failed; its log is {words}, and without it the build is tried again")
-        log.info("building the native kernels, once: %s", target)
+        log.warning("building the native kernels, once (half a minute): %s", target)
         with tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent) as folder:
             # In a process of its own: the tools' imports stay out of this one.
             command = [sys.executable, "-c", f"import sys, {__name__} as native; native.compile_into(native.Path(sys.argv[1]))", folder]
             paths = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+            if done.returncode < 0:  # killed: nothing is known of the sources
+                raise BuildError(f"the compiler was ended by signal {-done.returncode}")
             if done.returncode:
                 words.write_text(done.stdout + done.stderr)
                 raise BuildError(f"the build failed; its log is {words}")
@@ -118,7 +129,7 @@ def served() -> frozenset[str]:
     """The device types that the native kernels serve here; builds and loads them on the first call, and warns where that fails."""
     try:
         torch.ops.load_library(find() or build())
-    except (BuildError, OSError) as e:
+    except (RuntimeError, OSError) as e:
         warnings.warn(f"the native kernels do not serve: {e}. Plain PyTorch does instead.", RuntimeWarning, stacklevel=2)
         return frozenset()
     return frozenset({"cpu", "cuda"} if hasattr(torch.ops.rose_native, "factor") else {"cpu"})

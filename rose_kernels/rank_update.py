@@ -44,8 +44,8 @@ def write_kernel(W, U, V, rows, columns, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 def add_low_rank_(W: Sequence[Tensor], U: Sequence[Tensor], V: Sequence[Tensor]) -> None:
     """W[i] += U[i] V[i] in place for every i, in one launch where `csrc` serves.
 
-    W[i] [d_out, d_in] float32, bfloat16 or float16, all on one device and apart in memory; U[i] [d_out, n] and V[i] [n, d_in] float32.
-    ValueError, with every weight untouched, where shapes do not fit or a weight overlaps itself or its factors.
+    W[i] [d_out, d_in] float32, bfloat16 or float16, apart in memory; U[i] [d_out, n] and V[i] [n, d_in] float32. ValueError, with every
+    weight untouched, where shapes do not fit or a weight shares memory with itself, another weight or a factor.
     """
     _write(W, U, V)
 
@@ -53,26 +53,48 @@ def add_low_rank_(W: Sequence[Tensor], U: Sequence[Tensor], V: Sequence[Tensor])
 def _write(W: Sequence[Tensor], U: Sequence[Tensor], V: Sequence[Tensor]) -> None:
     if not len(W) == len(U) == len(V):
         raise ValueError(f"as many W, U and V are needed, given {len(W)}, {len(U)} and {len(V)}")
-    if not W:
-        return
-    backend = serving(W[0].device, "add_low_rank_")
     for w, u, v in zip(W, U, V, strict=True):
         reference.check_write(w, u, v)
-    if backend == "reference" or any(w.dtype not in FLOATS for w in W):
-        for w, u, v in zip(W, U, V, strict=True):
-            reference.add_low_rank_(w, u, v)
-        return
-    for w, u, v in zip(W, U, V, strict=True):
-        _check_native(w, u, v, contiguous=backend == "triton")
-    if backend == "csrc":
-        torch.ops.rose_native.add_low_rank_(list(W), list(U), list(V))
-        return
-    for w, u, v in zip(W, U, V, strict=True):
-        (rows, columns), n = w.shape, u.shape[1]
-        if w.numel() and n:
-            grid = (triton.cdiv(columns, BLOCK_N), triton.cdiv(rows, BLOCK_M))
-            with on_device(w):
-                write_kernel[grid](w, u, v, rows, columns, n, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
+    _check_apart(W, (*U, *V))
+    by_device: dict[torch.device, list[int]] = {}
+    for i, w in enumerate(W):
+        by_device.setdefault(w.device, []).append(i)
+    backends = {device: serving(device, "add_low_rank_") for device in by_device}
+    native = {
+        device for device, backend in backends.items() if backend != "reference" and all(W[i].dtype in FLOATS for i in by_device[device])
+    }
+    for device in native:
+        for i in by_device[device]:
+            _check_native(W[i], U[i], V[i], contiguous=backends[device] == "triton")
+    for device, members in by_device.items():
+        w, u, v = ([x[i] for i in members] for x in (W, U, V))
+        if device not in native:
+            for one in zip(w, u, v, strict=True):
+                reference.add_low_rank_(*one)
+        elif backends[device] == "csrc":
+            torch.ops.rose_native.add_low_rank_(w, u, v)
+        else:
+            for one in zip(w, u, v, strict=True):
+                _write_triton(*one)
+
+
+def _write_triton(W: Tensor, U: Tensor, V: Tensor) -> None:
+    (rows, columns), n = W.shape, U.shape[1]
+    if W.numel() and n:
+        grid = (triton.cdiv(columns, BLOCK_N), triton.cdiv(rows, BLOCK_M))
+        with on_device(W):
+            write_kernel[grid](W, U, V, rows, columns, n, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
+
+
+def _check_apart(W: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """ValueError where a weight shares memory with another weight or with any factor."""
+    stretches = sorted([(*reference.extent(w), True) for w in W] + [(*reference.extent(x), False) for x in factors])
+    end_of_weights = end_of_all = 0
+    for start, end, weight in stretches:
+        if start < (end_of_all if weight else end_of_weights):
+            raise ValueError("the weights and factors of a list must not share memory; clone one of them first")
+        end_of_all = max(end_of_all, end)
+        end_of_weights = max(end_of_weights, end) if weight else end_of_weights
 
 
 def _check_native(W: Tensor, U: Tensor, V: Tensor, contiguous: bool) -> None:
@@ -88,7 +110,8 @@ def _check_native(W: Tensor, U: Tensor, V: Tensor, contiguous: bool) -> None:
 def rank_update_(W: Tensor, K: Tensor, R: Tensor, P: Tensor | None = None, ridge: float = 1.0) -> tuple[Tensor, Tensor]:
     """W += R (ridge I + K^T P)^-1 P^T in place; returns (U, V) with the change U V. Arguments as in `reference.rank_update_`.
 
-    On CUDA with n <= 64 the host is not waited for: a refused update leaves W as it was and is reported by `raise_refused`.
+    On CUDA with n <= 64 the host is not waited for: a refused update leaves W as it was and is reported by `raise_refused`, which may
+    be called after every replay where the update was captured in a graph.
     """
     backend = serving(W.device, "rank_update_")
     if backend == "reference" or any(x is not None and x.dtype not in FLOATS for x in (W, K, R, P)):
@@ -97,13 +120,15 @@ def rank_update_(W: Tensor, K: Tensor, R: Tensor, P: Tensor | None = None, ridge
     reference.check_update(W, K, R, P)
     U = R.to(torch.float32, copy=True).contiguous()
     if backend == "csrc" and W.is_cuda and K.shape[1] <= FUSED_N and W.numel() and K.numel():
+        if len(_statuses) >= KEPT_STATUSES:
+            raise_refused()
         k = _rows(K)
         V, status = torch.ops.rose_native.factor(k, k if P is None else _rows(P), U, ridge)
         _check_native(W, U, V, contiguous=False)
         torch.ops.rose_native.add_low_rank_([W], [U], [V], status)
         _remember(status, K.shape[1], ridge)
         return U, V
-    check_finite(K=K, P=P, R=R)
+    check_finite(R=R)
     V = rank_solve(rank_gram(K, P), K if P is None else P, ridge)
     _write([W], [U], [V])
     return U, V
@@ -113,8 +138,12 @@ def rank_gram(K: Tensor, P: Tensor | None = None) -> Tensor:
     """K^T P [n, n] in float64, lower triangle at least. K, P [d_in, n]; K itself where P is None.
 
     Where d_in is sharded, the sum of the shards' Gram matrices (one all-reduce of n x n) is the whole one: pass it to
-    `rank_solve` on every rank, with that rank's rows of P, and the update of each shard of W is exact.
+    `rank_solve` on every rank, with that rank's rows of P, and the update of each shard of W is exact. ValueError where
+    shapes do not fit or a value is not finite.
     """
+    if K.dim() != 2 or (P is not None and P.shape != K.shape):
+        raise ValueError(f"K and P must be [d_in, n] alike, given {list(K.shape)} and {list(K.shape if P is None else P.shape)}")
+    check_finite(K=K, P=P)
     if _native_cpu(K, P):
         k = _rows(K)
         return torch.ops.rose_native.gram(k, k if P is None else _rows(P))
@@ -124,8 +153,13 @@ def rank_gram(K: Tensor, P: Tensor | None = None) -> Tensor:
 def rank_solve(gram: Tensor, P: Tensor, ridge: float = 1.0) -> Tensor:
     """V = (ridge I + G)^-1 P^T [n, d_in] float32, from the lower triangle of gram [n, n] float64 and P [d_in, n].
 
-    ValueError where the system is not positive definite.
+    ValueError where shapes do not fit, a value is not finite, or the system is not positive definite.
     """
+    if P.dim() != 2 or gram.shape != (P.shape[1], P.shape[1]) or gram.dtype != torch.float64 or gram.device != P.device:
+        raise ValueError(
+            f"gram must be [{P.shape[-1]}, {P.shape[-1]}] float64 on {P.device}, given {list(gram.shape)} {gram.dtype} on {gram.device}"
+        )
+    check_finite(P=P)
     if _native_cpu(P):
         system = gram.clone(memory_format=torch.contiguous_format)
         system.diagonal().add_(ridge)
@@ -159,19 +193,30 @@ def _rows(x: Tensor) -> Tensor:
     return x.T.to(torch.float32).contiguous()
 
 
-# (status flag on the device, n, ridge) of updates that nobody has asked after yet.
+# (status flag on the device, n, ridge): of updates that nobody has asked after yet, and of those captured in graphs, which may run again.
 _statuses: list[tuple[Tensor, int, float]] = []
+_captured: list[tuple[Tensor, int, float]] = []
 
 
 def _remember(status: Tensor, n: int, ridge: float) -> None:
-    _statuses.append((status, n, ridge))
-    if len(_statuses) > KEPT_STATUSES and not torch.cuda.is_current_stream_capturing():
-        raise_refused()
+    (_captured if torch.cuda.is_current_stream_capturing() else _statuses).append((status, n, ridge))
+
+
+def forget_refused() -> None:
+    """Drop what earlier updates on a GPU reported, captured ones excepted."""
+    _statuses.clear()
 
 
 def raise_refused() -> None:
-    """ValueError for the first update since the last call that was refused on a GPU; its weight is as it was. Waits for the device."""
-    remembered, _statuses[:] = list(_statuses), []
+    """ValueError for the first update since the last call, or of the last replay, that was refused on a GPU; its weight is as it was.
+
+    Waits for the devices; does nothing while a graph is captured.
+    """
+    if not (_statuses or _captured) or torch.cuda.is_current_stream_capturing():
+        return
+    remembered, _statuses[:] = [*_statuses, *_captured], []
+    for device in {status.device for status, _, _ in remembered}:
+        torch.cuda.synchronize(device)
     for status, n, ridge in remembered:
         code = int(status)
         if code:

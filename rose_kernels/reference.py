@@ -164,7 +164,7 @@ def add_low_rank_(W: Tensor, U: Tensor, V: Tensor) -> Tensor:
     check_write(W, U, V)
     dtype = wide(W).dtype
     U, V = U.to(dtype), V.to(dtype)
-    rows = max(1, WRITE_SCRATCH_BYTES // (2 * W.shape[1] * dtype.itemsize))
+    rows = max(1, WRITE_SCRATCH_BYTES // max(1, 2 * W.shape[1] * dtype.itemsize))
     for block, u in zip(W.split(rows), U.split(rows), strict=True):
         block.copy_(torch.addmm(block.to(dtype), u, V))
     return W
@@ -191,6 +191,7 @@ def check_update(W: Tensor, K: Tensor, R: Tensor, P: Tensor | None = None) -> No
         raise ValueError(f"W {list(W.shape)} does not fit K {list(K.shape)} and R {list(R.shape)}")
     if P is not None and P.shape != K.shape:
         raise ValueError(f"K and P must be [d_in, n] alike, given {list(K.shape)} and {list(P.shape)}")
+    check_device(W, K=K, R=R, P=P)
     check_overlap(W, K=K, R=R, P=P)
 
 
@@ -198,22 +199,35 @@ def check_write(W: Tensor, U: Tensor, V: Tensor) -> None:
     """ValueError where factors do not fit the weight, or W shares memory with one of them or within itself."""
     if W.dim() != 2 or U.dim() != 2 or V.dim() != 2 or W.shape != (U.shape[0], V.shape[1]) or U.shape[1] != V.shape[0]:
         raise ValueError(f"W {list(W.shape)} does not fit U {list(U.shape)} and V {list(V.shape)}")
+    check_device(W, U=U, V=V)
     check_overlap(W, U=U, V=V)
 
 
+def check_device(W: Tensor, **others: Tensor | None) -> None:
+    """ValueError naming the first tensor that is not where W is."""
+    for name, x in others.items():
+        if x is not None and x.device != W.device:
+            raise ValueError(f"{name} must be on {W.device} as W is, given {x.device}")
+
+
 def check_overlap(W: Tensor, **others: Tensor | None) -> None:
-    """ValueError where two elements of W are one place in memory, or W and another tensor share memory."""
+    """ValueError where two elements of W are one place in memory, or another tensor lies within the stretch of memory that W spans."""
     near, far = sorted(zip(W.stride(), W.shape, strict=True), key=lambda axis: axis[0])
     if W.numel() > 1 and ((near[1] > 1 and near[0] == 0) or (far[1] > 1 and far[0] < near[0] * (near[1] - 1) + 1)):
         raise ValueError(f"W overlaps itself: strides {W.stride()} of shape {list(W.shape)}; clone it first")
-    if W.device.type == "meta":
-        return
-    extent = lambda x: (x.data_ptr(), x.data_ptr() + (1 + sum(t * (n - 1) for t, n in zip(x.stride(), x.shape, strict=True))) * x.itemsize)  # noqa: E731
+    start, end = extent(W)
     for name, x in others.items():
-        if x is not None and x.numel() and W.numel() and x.device == W.device:
-            (start, end), (first, last) = extent(W), extent(x)
+        if x is not None:
+            first, last = extent(x)
             if first < end and start < last:
                 raise ValueError(f"W and {name} share memory; clone one of them first")
+
+
+def extent(x: Tensor) -> tuple[int, int]:
+    """The addresses from the first to past the last byte of a tensor; (0, 0) where it has none."""
+    if not x.numel() or x.device.type == "meta":
+        return 0, 0
+    return x.data_ptr(), x.data_ptr() + (1 + sum(step * (n - 1) for step, n in zip(x.stride(), x.shape, strict=True))) * x.itemsize
 
 
 def check_finite(**tensors: Tensor | None) -> None:

@@ -49,13 +49,11 @@ def progress_on_terminal(what: str) -> Iterator[Any]:
 
 
 def load_editor(model: str, dtype: str | None, device: str):
-    """The editor of a model, said on standard error. The native kernels are built before, so that no edit waits for a compiler."""
+    """The editor of a model, said on standard error. The kernels are built before, if need be, so that no edit waits for a compiler."""
     from rose_engine.editor import Editor
-    from rose_kernels import native
+    from rose_kernels.backend import serving
 
-    if native.find() is None:
-        errors.print("building the native kernels, once")
-    native.served()
+    serving(device, "rank_update_")
     errors.print(f"loading {model}", markup=False)
     return Editor.from_pretrained(model, dtype=dtype, device=device)
 

@@ -229,13 +229,14 @@ def regulariser_row(subject: str, tokenizer: Any) -> Row:
 
 
 def bystander_rows(edits: Sequence[Edit], tokenizer: Any, count: int) -> list[Row]:
-    """Prompts of the edits about other subjects, as statements and in the chat template in turn: `count` of them, or few more.
+    """Prompts of the edits about other subjects, as statements and in the chat template in turn: about `count`, each name once a prompt.
 
-    What they are read for are the keys of all their tokens, which the write is to leave alone; they have no target. Subjects
+    What they are read for are the keys of all their tokens, which the write is to leave alone; they have no target. Names
     that an edit speaks of, as its subject or its target, are passed over.
     """
     spoken = " ".join(f"{edit.subject} {edit.target}" for edit in edits).casefold()
-    names = [name for name in BYSTANDERS if name.casefold() not in spoken]
+    edited = {edit.subject.strip().casefold() for edit in edits}
+    names = [name for name in BYSTANDERS if name.casefold() not in spoken and not any(s in name.casefold() for s in edited)]
     prompts = list(dict.fromkeys(edit.prompt for edit in edits))[:count]
     forms = (STATEMENT, CHAT_QUESTION) if tokenizer.chat_template else (STATEMENT,)
     rows = []

@@ -21,7 +21,7 @@ from rose_engine.forms import Row
 from rose_engine.forward import run_layers, run_tree, tree_on
 from rose_engine.precondition import protected
 from rose_engine.recipe import Recipe
-from rose_kernels import raise_refused, rank_update_
+from rose_kernels import forget_refused, raise_refused, rank_update_
 
 # U [d_out, n] and V [n, d_in], float32; the weight changed by U V.
 Factors = tuple[Tensor, Tensor]
@@ -56,6 +56,7 @@ def write_layers(
     is protected. ValueError where a system cannot be solved; run it within `all_or_nothing`, for earlier layers are
     written by then.
     """
+    forget_refused()
     device = wanted.device
     tree = tree_on([row.tokens[: row.last + 1] for row in rows], device)
     columns = _columns(tree.path, subject)

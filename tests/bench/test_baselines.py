@@ -44,6 +44,7 @@ def test_memit_merge_writes_its_equation(make_model, tokenizer):
     model = make_model(seed=4, initializer_range=0.2)
     settings = replace(memit_merge.Settings(), layers=(2,), covariance_weight=0.5)
     C = memit_merge.covariance(model, tokenizer, ["The quick brown fox jumps over the lazy dog.", "Water is wet " * 9], (2,))
+    C[2] += 0.1 * torch.eye(len(C[2]), dtype=torch.float64)  # a few tokens do not fill the space
     rows = [
         memit_merge.rows_of(tokenizer, name, [e for e in facts_of(2, 2) if e.subject == name], ["", "You see. "])
         for name in ("Lin Nu", "Henri Marteau")

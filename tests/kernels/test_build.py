@@ -29,13 +29,13 @@ def finish(process):
 
 def test_the_name_follows_sources_and_torch(tmp_path, monkeypatch):
     copies = [Path(shutil.copy(file, tmp_path)) for file in native.sources()]
-    name = native.library_name()
+    name = native.library_name(native.with_cuda())
     monkeypatch.setattr(native, "sources", lambda: copies)
-    assert native.library_name() == name
+    assert native.library_name(native.with_cuda()) == name
     copies[0].write_text(copies[0].read_text() + "\n")
-    changed = native.library_name()
+    changed = native.library_name(native.with_cuda())
     monkeypatch.setattr(torch, "__version__", "0.0")
-    assert len({name, changed, native.library_name()}) == 3
+    assert len({name, changed, native.library_name(native.with_cuda())}) == 3
 
 
 @NEEDS_COMPILER
@@ -45,10 +45,10 @@ def test_two_processes_build_once(tmp_path):
     assert [out for out, _ in both] == ["csrc", "csrc"]
     assert sum("building the native kernels" in err for _, err in both) == 1
     assert sorted(file.suffix for file in (tmp_path / "native").iterdir()) == [".lock", ".so"]
-    began = (tmp_path / "native" / native.library_name()).stat().st_mtime_ns
+    began = (tmp_path / "native" / native.library_name(native.with_cuda())).stat().st_mtime_ns
     out, err = finish(start(tmp_path, code))
     assert out == "csrc" and "building" not in err
-    assert (tmp_path / "native" / native.library_name()).stat().st_mtime_ns == began
+    assert (tmp_path / "native" / native.library_name(native.with_cuda())).stat().st_mtime_ns == began
 
 
 def test_without_a_compiler_plain_torch_serves(tmp_path):
@@ -63,7 +63,7 @@ def test_a_failed_build_warns_once_and_names_its_log(tmp_path):
     compiler.write_text('#!/bin/sh\ncase "$*" in *-c*) echo \'strange dialect\'; exit 1;; esac\nexec c++ "$@"\n')
     compiler.chmod(0o755)
     out, err = finish(start(tmp_path, CXX=str(compiler)))
-    log = (tmp_path / "native" / native.library_name()).with_suffix(".log")
+    log = (tmp_path / "native" / native.library_name(native.with_cuda())).with_suffix(".log")
     assert out == "reference" and err.count("RuntimeWarning") == 1 and str(log) in err
     assert "strange dialect" in log.read_text()
     out, err = finish(start(tmp_path))

@@ -40,7 +40,10 @@ CUDA_FILES = [file for file in native.sources() if file.suffix == ".cu"]
 @pytest.mark.parametrize("source", CUDA_FILES, ids=lambda file: file.name)
 def test_cuda_compiles_without_spills(source, tmp_path, capsys):
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
-    command = ["nvcc", "-std=c++17", "-O3", *targets, "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "kernels.o")]
+    no = [
+        f"-D__CUDA_NO_{what}__" for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
+    ]  # as torch does
+    command = ["nvcc", "-std=c++20", "-O3", *no, *targets, "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "kernels.o")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     kernels = re.findall(

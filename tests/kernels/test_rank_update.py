@@ -96,6 +96,10 @@ def test_a_list_is_refused_whole(writer, device):
     with pytest.raises(ValueError, match="does not fit"):
         add_low_rank_([W, other], [R, R], [V, V[:, 1:]])
     assert torch.equal(W, before)
+    for weights, factors in (([W, W], [R, R]), ([W, W[10:]], [R, R[10:]]), ([W, other], [R, W[:, :4]])):
+        with pytest.raises(ValueError, match="share memory"):
+            add_low_rank_(weights, factors, [V, V])
+        assert torch.equal(W, before)
     mixed = [torch.randn(d_out, d_in, device=device).to(dtype) for d_out, d_in, dtype in [(20, 30, DTYPES[0]), (7, 130, DTYPES[1])] * 2]
     U, V = [torch.randn(len(w), 3, device=device) for w in mixed], [torch.randn(3, w.shape[1], device=device) for w in mixed]
     singly = [w.clone() for w in mixed]
@@ -116,6 +120,29 @@ def test_shards_of_d_in_make_the_whole_update(writer, device):
         shard = W[:, piece].contiguous()
         add_low_rank_([shard], [R], [rank_solve(gram, K[piece], 0.5)])
         torch.testing.assert_close(shard, whole[:, piece], rtol=1e-5, atol=1e-5)
+
+
+def test_the_parts_check_their_arguments(writer, device):
+    _, K, _ = make(20, 90, 8, torch.float32, 6, device)
+    gram = rank_gram(K)
+    bad = K.clone()
+    bad[3, 2] = float("nan")
+    for message, call in (
+        ("alike", lambda: rank_gram(K, K[:50])),
+        ("K holds NaN", lambda: rank_gram(bad)),
+        ("P holds NaN", lambda: rank_solve(gram, bad)),
+        ("gram must be", lambda: rank_solve(gram[:4, :4], K)),
+        ("gram must be", lambda: rank_solve(gram.float(), K)),
+        ("not positive definite", lambda: rank_solve(-gram, K)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_empty_weights(writer, device):
+    for shape in ((4, 0), (0, 4)):
+        W = torch.zeros(shape, device=device)
+        add_low_rank_([W], [torch.zeros(shape[0], 2, device=device)], [torch.zeros(2, shape[1], device=device)])
 
 
 def test_bad_write_arguments_are_named(monkeypatch, device):
