@@ -105,7 +105,7 @@ def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
     C = {}
     if method == "memit_merge":
         began = time.perf_counter()
-        texts = [editor.complete(opening, 60) for opening in OPENINGS]
+        texts = [editor.complete(opening, max_new_tokens=60) for opening in OPENINGS]
         C = memit_merge.covariance(editor.model, editor.tokenizer, texts, recipe.layers)
         seconds["covariance"] = time.perf_counter() - began
     memory = Memory(args.device != "cpu")

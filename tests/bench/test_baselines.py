@@ -67,7 +67,7 @@ def test_memit_merge_learns(make_model, tokenizer):
     C = {layer: torch.eye(model.config.intermediate_size, dtype=torch.float64) for layer in LAYERS}
     loss = {}
     for steps in (1, 12):
-        settings = replace(memit_merge.Settings(), layers=LAYERS, steps=steps, lr=0.1)
+        settings = replace(memit_merge.Settings(), layers=LAYERS, steps=steps, lr=1.0)
         loss[steps] = memit_merge.edit(copy.deepcopy(model), tokenizer, facts_of(1, 2), C, settings).values[0].loss
     assert loss[12] < loss[1] - 0.1
 
