@@ -26,8 +26,8 @@ from rose_kernels import aggregate_step_
 from rose_kernels.reference import segment_mean
 
 # Suffix tokens whose activations exist at one time, and suffix tokens whose prefixes are held at one time. The first bounds the
-# memory of a step, the second that of a batch of subjects; neither changes a result beyond rounding.
-STEP_TOKENS = 96
+# memory of a step (three passes for the demo's four facts), the second that of a batch; neither changes a result beyond rounding.
+STEP_TOKENS = 106
 BATCH_TOKENS = 2048
 
 
