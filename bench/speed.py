@@ -51,28 +51,6 @@ def facts_of(subjects: int, facts: int) -> list:
     return [Edit(n, p, t[(s + r) % len(t)], q) for s, n in enumerate(names) for r, (p, q, t) in enumerate(RELATIONS[:facts])]
 
 
-class Memory:
-    """The peak above what the process, or the GPU, holds when the object is made."""
-
-    def __init__(self, gpu: bool):
-        self.gpu = gpu
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the resident peak begins anew
-            self.before = self._status("VmRSS:")
-
-    def peak_mb(self) -> float:
-        """MB above the beginning."""
-        return ((torch.cuda.max_memory_allocated() if self.gpu else self._status("VmHWM:")) - self.before) / 1e6
-
-    @staticmethod
-    def _status(key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
-
-
 def matrix_rate(dtype: torch.dtype, device: str) -> float:
     """Multiply-adds x 2 a second of a 1024 x 1024 x 4096 product."""
     a, b = (torch.randn(*shape, device=device).to(dtype) for shape in ((1024, 4096), (4096, 1024)))
@@ -91,6 +69,7 @@ def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
     from rose_engine import ROSE, Editor
 
     from bench.baselines import memit_merge, rose_naive
+    from bench.memory import Memory
     from rose_kernels import native
 
     native.served()

@@ -128,8 +128,8 @@ def rank_update_(W: Tensor, K: Tensor, R: Tensor, P: Tensor | None = None, ridge
         torch.ops.rose_native.add_low_rank_([W], [U], [V], status)
         _remember(status, K.shape[1], ridge)
         return U, V
-    check_finite(R=R)
-    V = rank_solve(rank_gram(K, P), K if P is None else P, ridge)
+    check_finite(K=K, P=P, R=R)
+    V = _solve(_gram(K, P), K if P is None else P, ridge)
     _write([W], [U], [V])
     return U, V
 
@@ -144,6 +144,10 @@ def rank_gram(K: Tensor, P: Tensor | None = None) -> Tensor:
     if K.dim() != 2 or (P is not None and P.shape != K.shape):
         raise ValueError(f"K and P must be [d_in, n] alike, given {list(K.shape)} and {list(K.shape if P is None else P.shape)}")
     check_finite(K=K, P=P)
+    return _gram(K, P)
+
+
+def _gram(K: Tensor, P: Tensor | None) -> Tensor:
     if _native_cpu(K, P):
         k = _rows(K)
         return torch.ops.rose_native.gram(k, k if P is None else _rows(P))
@@ -160,6 +164,10 @@ def rank_solve(gram: Tensor, P: Tensor, ridge: float = 1.0) -> Tensor:
             f"gram must be [{P.shape[-1]}, {P.shape[-1]}] float64 on {P.device}, given {list(gram.shape)} {gram.dtype} on {gram.device}"
         )
     check_finite(P=P)
+    return _solve(gram, P, ridge)
+
+
+def _solve(gram: Tensor, P: Tensor, ridge: float) -> Tensor:
     if _native_cpu(P):
         system = gram.clone(memory_format=torch.contiguous_format)
         system.diagonal().add_(ridge)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import math
 import statistics
 import sys
@@ -23,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.kernels.common import Case, device_name, seconds
+from bench.kernels.common import Case, device_name, emit, seconds
+from bench.memory import Memory
 from rose_kernels import add_low_rank_, rank_update_
 from rose_kernels.backend import serving
 
@@ -78,21 +78,14 @@ def timed(run: Callable[[], object], repeats: int) -> float:
 
 def peak_extra_mb(run: Callable[[], object]) -> float | None:
     """How far memory rises during a run, in MB: the allocator's peak on a GPU, the process's resident peak on Linux, None elsewhere."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not clear.exists():
+    gpu = torch.cuda.is_available()
+    if not gpu and not Path("/proc/self/clear_refs").exists():
         return None
-    read = lambda key: next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))  # noqa: E731
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system, so that this one cannot hide in it
-    clear.write_text("5")  # the resident peak begins anew
-    before = read("VmRSS:")
+    if not gpu:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed goes back to the system, so that this one cannot hide in it
+    memory = Memory(gpu)
     run()
-    return (read("VmHWM:") - before) * 1024 / 1e6
+    return memory.peak_mb()
 
 
 def measure(name: str, d_out: int, d_in: int, n: int, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
@@ -149,13 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.shapes in shape[0]:
             rows.append(measure(*shape, device))
             print(table(rows[-1:]).splitlines()[1], file=sys.stderr, flush=True)
-    text = json.dumps({"results": rows})
-    if args.json == "-":
-        print(text)
-    elif args.json:
-        Path(args.json).write_text(text + "\n")
-    else:
-        print(table(rows))
+    emit({"results": rows}, args.json, table(rows))
     return 0
 
 

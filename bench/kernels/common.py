@@ -92,6 +92,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def emit(result: dict[str, Any], where: str | None, text: str) -> None:
+    """Print a result as JSON where `where` is -, write it as JSON into the file that it names, or print `text` where it is None."""
+    if where == "-":
+        print(json.dumps(result))
+    elif where:
+        Path(where).write_text(json.dumps(result) + "\n")
+    else:
+        print(text)
+
+
 def main(cases: Callable[[torch.device, bool], Iterable[Case]], description: str | None, argv: Sequence[str] | None = None) -> int:
     """The command line of a kernel benchmark. cases(device, small) yields its cases."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,11 +112,5 @@ def main(cases: Callable[[torch.device, bool], Iterable[Case]], description: str
     if not gpu:
         print("no GPU: a smoke run at small shapes; its times mean nothing", file=sys.stderr)
     rows = [measure(case, args.compile) for case in cases(torch.device("cuda" if gpu else "cpu"), not gpu)]
-    text = json.dumps({"results": rows})
-    if args.json == "-":
-        print(text)
-    elif args.json:
-        Path(args.json).write_text(text + "\n")
-    else:
-        print(table(rows))
+    emit({"results": rows}, args.json, table(rows))
     return 0
