@@ -1,7 +1,8 @@
 """Run part of a model: the prefix tree once, then only suffixes above the last edited layer L.
 
 `prepare` computes, for a set of rows, the hidden states after layer L and the keys and values that suffixes need of their
-prefixes above L. `suffix_step` is a step: inject, layers L + 1 and up, loss at the targets alone. Weights never take a gradient.
+prefixes above L; `pack` lays out some of the rows for stepping. `suffix_step` is a step: inject, layers L + 1 and up, loss at the
+targets alone. Weights never take a gradient. Layers that `block` knows are run by it, all others by the library.
 Where a layer stands and what it is called is `architecture`'s; which tokens are run is `packing`'s.
 """
 
@@ -14,13 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rose_engine import block
 from rose_engine.architecture import Decoder
 from rose_engine.attention import SuffixAttention, TreeAttention, attention_of
 from rose_engine.forms import Row
 from rose_engine.packing import Suffixes, Tree, build_tree, inputs, pack_suffixes
 from rose_kernels import inject, row_gradients, target_nll
+from rose_kernels.layer import DTYPES, WIDTH, Layout, products_, rms_norm, rms_norm_backward_
 from rose_kernels.reference import wide
 
+# Rows of the vocabulary's width that exist at one time where the output layer is written out (`_read_out`).
+OUTPUT_ROWS = 64
 
 def run_layers(decoder: Decoder, hidden: Tensor, position: Tensor, layers: range, attention: TreeAttention | SuffixAttention) -> Tensor:
     """Apply decoder layers to packed tokens: hidden [N, d], position [N]; returns [N, d]."""
@@ -32,36 +37,6 @@ def run_layers(decoder: Decoder, hidden: Tensor, position: Tensor, layers: range
         for layer in layers:
             hidden = decoder.layers[layer](hidden, position_ids=position, position_embeddings=rotary, rose=attention)
     return hidden[0]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Packed suffixes ready to step.
-
-    hidden [N, d]: the unedited hidden states after layer L. layers: those above L. neutral [K]: the rows (0 .. B - 1) that have no
-    target; on them the regulariser compares with reference [K, V], the unedited model's log-probabilities.
-    """
-
-    suffixes: Suffixes
-    hidden: Tensor
-    attention: SuffixAttention
-    layers: range
-    neutral: Tensor
-    reference: Tensor
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What stays fixed while values are optimised.
-
-    tree: over all rows' inputs. hidden [nodes, d]: after layer L. last [rows]: the node of each row's last subject token.
-    batches: the rows' suffixes, in the given split.
-    """
-
-    tree: Tree
-    hidden: Tensor
-    last: Tensor
-    batches: tuple[Batch, ...]
 
 
 def tree_on(rows: Sequence[Sequence[int]], device: torch.device) -> Tree:
@@ -76,11 +51,35 @@ def run_tree(decoder: Decoder, tree: Tree, layers: range) -> Tensor:
     return run_layers(decoder, decoder.embedding(tree.token), tree.position, layers, TreeAttention(tree, every))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What stays fixed while values are optimised.
+
+    tree: over all rows' inputs. hidden [nodes, d]: after layer L. last [rows]: the node of each row's last subject token. layers: those
+    above L. prefix: their keys and values of the nodes that come before suffixes; place [nodes]: where a node stands in it.
+    reference [K, V]: the unedited log-probabilities of the rows without a target, which neutral maps to 0 .. K - 1. blocks: the
+    layers above L as `block` runs them, or None where the library does.
+    """
+
+    decoder: Decoder
+    rows: Sequence[Row]
+    tree: Tree
+    hidden: Tensor
+    last: Tensor
+    layers: range
+    prefix: TreeAttention
+    place: Tensor
+    neutral: dict[int, int]
+    reference: Tensor
+    blocks: tuple[block.Block, ...] | None
+    space: block.Workspace
+
+
 @torch.no_grad()
-def prepare(decoder: Decoder, rows: Sequence[Row], layer: int, split: Sequence[Sequence[int]]) -> Prepared:
+def prepare(decoder: Decoder, rows: Sequence[Row], layer: int) -> Prepared:
     """Run the rows' prefix tree through layers 0 .. layer, and what stands before the subjects through the layers above.
 
-    split: the rows of each batch of suffixes. Everything returned lives on the model's device.
+    Everything returned lives on the model's device.
     """
     device = decoder.embedding.weight.device
     tree = tree_on([inputs(row) for row in rows], device)
@@ -88,9 +87,8 @@ def prepare(decoder: Decoder, rows: Sequence[Row], layer: int, split: Sequence[S
 
     # Above L: every prefix, and the last token of rows without a target, whose unedited prediction is the regulariser's.
     above = range(layer + 1, len(decoder.layers))
-    paths = tree.path
     needed = {0}
-    for row, path in zip(rows, paths, strict=True):
+    for row, path in zip(rows, tree.path, strict=True):
         needed.update(path[: row.last + (row.target == len(row.tokens))])
     nodes = torch.tensor(sorted(needed), device=device)
     place = torch.zeros(len(tree.token), dtype=torch.long, device=device)
@@ -98,24 +96,75 @@ def prepare(decoder: Decoder, rows: Sequence[Row], layer: int, split: Sequence[S
     prefix = TreeAttention(tree, nodes, keep=above)
     top = run_layers(decoder, hidden[nodes], tree.position[nodes], above, prefix)
 
-    last = torch.tensor([path[row.last] for row, path in zip(rows, paths, strict=True)], device=device)
-    batches = []
-    for index in split:
-        suffixes = pack_suffixes(rows, paths, index).to(device)
-        neutral = torch.tensor([b for b, r in enumerate(index) if rows[r].target == len(rows[r].tokens)], dtype=torch.long, device=device)
-        reference = logits(decoder, top[place[last[suffixes.row[neutral]]]]).log_softmax(-1)
-        attention = SuffixAttention(suffixes, prefix, place)
-        batches.append(Batch(suffixes, hidden[suffixes.node], attention, above, neutral, reference))
-    return Prepared(tree, hidden, last, tuple(batches))
+    last = torch.tensor([path[row.last] for row, path in zip(rows, tree.path, strict=True)], device=device)
+    neutral = [r for r, row in enumerate(rows) if row.target == len(row.tokens)]
+    reference = logits(decoder, top[place[last[neutral]]]).log_softmax(-1)
+    return Prepared(
+        decoder,
+        rows,
+        tree,
+        hidden,
+        last,
+        above,
+        prefix,
+        place,
+        {r: k for k, r in enumerate(neutral)},
+        reference,
+        blocks_of(decoder, above),
+        block.Workspace(decoder.head.dtype),
+    )
+
+
+def blocks_of(decoder: Decoder, layers: range) -> tuple[block.Block, ...] | None:
+    """The layers as `block` runs them, or None where one of them, the final norm or the output matrix is not of its kind."""
+    blocks = [block.block_of(decoder.layers[layer]) for layer in layers]
+    return tuple(blocks) if all(blocks) and block.is_norm(decoder.norm) and _plain(decoder.head) else None
+
+
+def _plain(weight: Tensor) -> bool:
+    return weight.dtype in DTYPES and weight.is_contiguous() and not any(n % WIDTH for n in weight.shape)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed suffixes ready to step, out of what was prepared.
+
+    hidden [N, d]: the unedited hidden states after layer L. neutral [K]: the rows (0 .. B - 1) that have no target; on them the
+    regulariser compares with reference [K, V], the unedited model's log-probabilities. layout: SuffixAttention for the library's
+    layers, or what `block` needs to know of the suffixes.
+    """
+
+    prepared: Prepared
+    suffixes: Suffixes
+    hidden: Tensor
+    neutral: Tensor
+    reference: Tensor
+    layout: SuffixAttention | block.Context
+
+
+@torch.no_grad()
+def pack(prepared: Prepared, index: Sequence[int]) -> Batch:
+    """The suffixes of the rows `index`, packed."""
+    p, decoder = prepared, prepared.decoder
+    suffixes = pack_suffixes(p.rows, p.tree.path, index).to(p.hidden.device)
+    neutral = [b for b, r in enumerate(index) if r in p.neutral]
+    reference = p.reference[[p.neutral[index[b]] for b in neutral]]
+    hidden = p.hidden[suffixes.node]
+    if p.blocks is None:
+        layout = SuffixAttention(suffixes, p.prefix, p.place)
+    else:
+        hidden = hidden.float()
+        cosine, sine = (table[0].contiguous() for table in decoder.rotary(hidden[None], suffixes.position[None]))
+        places = Layout(suffixes.start, suffixes.length, p.place[suffixes.prefix], suffixes.prefix_length)
+        past = [(p.prefix.keys[layer], p.prefix.values[layer]) for layer in p.layers]
+        places.check(len(hidden), len(past[0][0]))
+        layout = block.Context(cosine, sine, places, past)
+    return Batch(p, suffixes, hidden, torch.tensor(neutral, dtype=torch.long, device=hidden.device), reference, layout)
 
 
 def logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     """Logits [T, V] of top-layer hidden states [T, d], float32 (float64 for a float64 model)."""
     return wide(F.linear(decoder.norm(hidden), decoder.head))
-
-
-def _run_suffixes(decoder: Decoder, batch: Batch, hidden: Tensor) -> Tensor:
-    return run_layers(decoder, hidden, batch.suffixes.position, batch.layers, batch.attention)
 
 
 @dataclass(frozen=True)
@@ -128,21 +177,67 @@ class Step:
     grad: Tensor
 
 
-def suffix_step(decoder: Decoder, batch: Batch, delta: Tensor, subject: Tensor) -> Step:
+def suffix_step(batch: Batch, delta: Tensor, subject: Tensor) -> Step:
     """Forward and backward of one batch with delta [S, d] injected for subject [B] at each row's subject token.
 
     loss_row = mean over the row's targets of -log P(target), or KL(P_0 || P_delta) on a neutral row    (method.md section 1)
     """
     s = batch.suffixes
-    hidden = inject(batch.hidden, delta, s.start, subject).requires_grad_()
+    count = torch.bincount(s.target_row, minlength=len(s.row)).clamp(min=1)
+    hidden = inject(batch.hidden, delta, s.start, subject)
+    step = _library_step if batch.prepared.blocks is None else _written_step
+    nll, kl, grad = step(batch, hidden, count)
+    loss = nll.new_zeros(len(s.row)).index_add(0, s.target_row, nll) / count
+    return Step(nll, loss.index_add(0, batch.neutral, kl), grad)
+
+
+def _library_step(batch: Batch, hidden: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """nll [T], KL [K] and row gradients [B, d] by the library's layers and autograd."""
+    s, decoder = batch.suffixes, batch.prepared.decoder
+    hidden.requires_grad_()
     with torch.enable_grad():
-        top = _run_suffixes(decoder, batch, hidden)
+        top = run_layers(decoder, hidden, s.position, batch.prepared.layers, batch.layout)
         nll = target_nll(decoder.norm(top[s.predict]), decoder.head, s.target)
-        count = torch.bincount(s.target_row, minlength=len(s.row)).clamp(min=1)
-        loss = nll.new_zeros(len(s.row)).index_add(0, s.target_row, nll) / count
+        loss = (nll / count[s.target_row]).sum()
+        kl = nll.new_zeros(0)
         if len(batch.neutral):
             prediction = logits(decoder, top[s.start[batch.neutral]]).log_softmax(-1)
             kl = (batch.reference.exp() * (batch.reference - prediction)).sum(-1)
-            loss = loss.index_add(0, batch.neutral, kl)
-        (grad,) = torch.autograd.grad(loss.sum(), hidden)
-    return Step(nll.detach(), loss.detach(), row_gradients(grad.contiguous(), s.start))
+        (grad,) = torch.autograd.grad(loss + kl.sum(), hidden)
+    return nll.detach(), kl.detach(), row_gradients(grad.contiguous(), s.start)
+
+
+@torch.no_grad()
+def _written_step(batch: Batch, hidden: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by `block`."""
+    s, p = batch.suffixes, batch.prepared
+    outputs = torch.cat([s.predict, s.start[batch.neutral]])
+    top, kept = block.forward(p.blocks, batch.layout, hidden, outputs, p.space)
+    nll, kl, grad = _read_out(p.decoder, top, s.target, 1 / count[s.target_row], batch.reference)
+    return nll, kl, block.backward(p.blocks, batch.layout, kept, grad, s.start)
+
+
+def _read_out(decoder: Decoder, top: Tensor, target: Tensor, weight: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and their gradient at the top in one pass over the output matrix.
+
+    top [T + K, d]: the hidden states that predict the targets, then those of the neutral rows. Returns nll [T], KL [K], and the gradient
+    [T + K, d] of weight . nll + sum KL, all float32.
+    """
+    norm, T = block.norm_of(decoder.norm), len(target)
+    hidden = rms_norm(top, *norm)
+    loss, slope = top.new_empty(len(top)), torch.empty_like(top)
+    for first in range(0, len(top), OUTPUT_ROWS):
+        end = min(first + OUTPUT_ROWS, len(top))
+        split = max(first, min(end, T))  # targets before it, neutral rows from it on
+        scores = top.new_empty(end - first, len(decoder.head))
+        products_(hidden[first:end], [decoder.head], [scores], turned=True)
+        scores -= scores.logsumexp(-1, keepdim=True)
+        here, there = torch.arange(split - first), reference[split - T : end - T]
+        loss[first:split] = -scores[here, target[first:split]]
+        loss[split:end] = (there.exp() * (there - scores[split - first :])).sum(-1)
+        scores.exp_()
+        scores[here, target[first:split]] -= 1
+        scores[: split - first] *= weight[first:split, None]
+        scores[split - first :] -= there.exp()
+        products_(scores, [decoder.head], [slope[first:end]], turned=False)
+    return loss[:T], loss[T:], rms_norm_backward_(torch.zeros_like(top), slope, top, *norm)

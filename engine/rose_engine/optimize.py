@@ -19,16 +19,16 @@ from torch import Tensor
 from rose_engine.architecture import Decoder
 from rose_engine.edits import Subject
 from rose_engine.forms import Row, forms_for, regulariser_row, row_of
-from rose_engine.forward import prepare, suffix_step
+from rose_engine.forward import pack, prepare, suffix_step
 from rose_engine.packing import inputs, split_rows
 from rose_engine.recipe import Recipe
 from rose_kernels import aggregate_step_
 from rose_kernels.reference import segment_mean
 
 # Suffix tokens whose activations exist at one time, and suffix tokens whose prefixes are held at one time. The first bounds the
-# memory of a step (three passes for the demo's four facts), the second that of a batch; neither changes a result beyond rounding.
-STEP_TOKENS = 106
-BATCH_TOKENS = 2048
+# memory of a step, the second that of a batch; neither changes a result beyond rounding.
+STEP_TOKENS = 320
+BATCH_TOKENS = 640
 
 
 # progress(subjects done, subjects in all, step, mean loss of the batch)
@@ -111,8 +111,7 @@ def _optimize_batch(
     facts, count = len(rows), len(subjects)
     owner = [s for s, subject in enumerate(subjects) for _ in subject.facts] + list(range(count))
     rows += [subject.neutral for subject in subjects]
-    of_subject = [[r for r, s in enumerate(owner) if s == wanted] for wanted in range(count)]
-    prepared = prepare(decoder, rows, recipe.last_layer, split_rows(rows, of_subject, step_tokens))
+    prepared = prepare(decoder, rows, recipe.last_layer)
 
     on = lambda x: torch.tensor(x, device=prepared.hidden.device)  # noqa: E731
     subject = on(owner)
@@ -127,14 +126,14 @@ def _optimize_batch(
     row_grad = v0.new_zeros(len(rows), v0.shape[1])
     row_loss = v0.new_zeros(len(rows))
 
-    first_centroids = None
+    first_centroids, alive, batches = None, None, []
     for step in range(recipe.steps):
-        alive = active.tolist()
-        for batch in prepared.batches:
+        if alive != (alive := active.tolist()):  # whoever has converged leaves
+            batches = [pack(prepared, index) for index in split_rows(rows, [r for r, s in enumerate(owner) if alive[s]], step_tokens)]
+        for batch in batches:
             index = batch.suffixes.row
-            if alive[owner[int(index[0])]]:  # a batch holds rows of one subject
-                result = suffix_step(decoder, batch, delta, subject[index])
-                row_grad[index], row_loss[index] = result.grad, result.loss
+            result = suffix_step(batch, delta, subject[index])
+            row_grad[index], row_loss[index] = result.grad, result.loss
         loss = segment_mean(segment_mean(row_loss[:facts], relation_offset), subject_offset)
         if not torch.isfinite(loss).all():
             raise FloatingPointError(f"the loss is not finite at step {step}; a smaller lr or float32 weights may help")

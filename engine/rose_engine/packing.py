@@ -132,22 +132,15 @@ def pack_suffixes(rows: Sequence[Row], paths: Sequence[Sequence[int]], index: Se
     )
 
 
-def split_rows(rows: Sequence[Row], groups: Iterable[Sequence[int]], budget: int) -> list[list[int]]:
-    """Split rows into batches of at most `budget` suffix tokens (never less than a row), rows of like length together.
-
-    Each of `groups` (a subject's rows) is split by itself, so that a subject that has converged leaves without repacking.
-    """
+def split_rows(rows: Sequence[Row], index: Iterable[int], budget: int) -> list[list[int]]:
+    """Split the rows `index` into batches of at most `budget` suffix tokens (never less than a row), rows of like length together."""
     batches: list[list[int]] = []
-    for group in groups:
-        batch: list[int] = []
-        used = 0
-        for r in sorted(group, key=lambda r: (len(inputs(rows[r])) - rows[r].last, rows[r].last)):
-            cost = len(inputs(rows[r])) - rows[r].last
-            if batch and used + cost > budget:
-                batches.append(batch)
-                batch, used = [], 0
-            batch.append(r)
-            used += cost
-        if batch:
-            batches.append(batch)
+    used = budget
+    for r in sorted(index, key=lambda r: (len(inputs(rows[r])) - rows[r].last, rows[r].last)):
+        cost = len(inputs(rows[r])) - rows[r].last
+        if used + cost > budget:
+            batches.append([])
+            used = 0
+        batches[-1].append(r)
+        used += cost
     return batches

@@ -4,7 +4,7 @@ import pytest
 import torch
 from rose_engine.architecture import FAMILIES, UnsupportedModelError, decoder_of
 from rose_engine.edits import group_by_subject
-from rose_engine.forward import logits, prepare, run_tree, suffix_step, tree_on
+from rose_engine.forward import logits, pack, prepare, run_tree, suffix_step, tree_on
 from rose_engine.optimize import subject_rows
 from rose_engine.packing import split_rows
 from rose_engine.recipe import ROSE
@@ -17,20 +17,22 @@ def relative(ours, wanted) -> float:
     return float((ours - wanted).norm() / wanted.norm())
 
 
-def check_against_naive(model, tokenizer, layer: int, scale: float, budget: int, loss_bound: float, grad_bound: float) -> None:
+def check_against_naive(
+    model, tokenizer, layer: int, scale: float, budget: int, loss_bound: float, grad_bound: float, written: bool = False
+) -> None:
     """Loss and row gradients of every form, three subjects with different numbers of facts."""
     decoder = decoder_of(model.requires_grad_(False))
     subjects = [subject_rows(decoder, tokenizer, s, ROSE) for s in group_by_subject((*IMO, *MARTEAU, *LIN))]
     assert [len(s.relations) for s in subjects] == [3, 1, 2]
     rows = [row for s in subjects for row in (*s.facts, s.neutral)]
     owner = torch.tensor([i for i, s in enumerate(subjects) for _ in (*s.facts, s.neutral)])
-    split = split_rows(rows, [(owner == i).nonzero().flatten().tolist() for i in range(3)], budget)
-    prepared = prepare(decoder, rows, layer, split)
+    prepared = prepare(decoder, rows, layer)
+    assert (prepared.blocks is not None) == written
     delta = scale * torch.randn(3, decoder.embedding.embedding_dim, dtype=decoder.head.dtype)
     loss, grad = delta.new_zeros(len(rows)), delta.new_zeros(len(rows), delta.shape[1])
-    for batch in prepared.batches:
+    for batch in (pack(prepared, index) for index in split_rows(rows, range(len(rows)), budget)):
         index = batch.suffixes.row
-        step = suffix_step(decoder, batch, delta, owner[index])
+        step = suffix_step(batch, delta, owner[index])
         loss[index], grad[index] = step.loss, step.grad
 
     forms: dict[str, list[int]] = {}
@@ -50,13 +52,15 @@ def check_against_naive(model, tokenizer, layer: int, scale: float, budget: int,
 def test_suffix_engine_on_the_embedded_model(smollm2):
     """In float32, where the plain computation itself is 1e-5 to 3e-5 off its float64 value in the gradient."""
     torch.manual_seed(1)
-    check_against_naive(smollm2.model, smollm2.tokenizer, layer=8, scale=3.0, budget=200, loss_bound=1e-5, grad_bound=3e-5)
+    check_against_naive(smollm2.model, smollm2.tokenizer, layer=8, scale=3.0, budget=200, loss_bound=1e-5, grad_bound=3e-5, written=True)
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 @pytest.mark.parametrize("budget", [1, 10**6])
 def test_suffix_engine_on_tiny_models(make_model, tokenizer, kind, budget):
     check_against_naive(make_model(kind), tokenizer, layer=2, scale=0.5, budget=budget, loss_bound=1e-5, grad_bound=3e-5)
+    wide = make_model(kind, head_dim=32)  # two whole vectors, so that the layers are those written out in `block`
+    check_against_naive(wide, tokenizer, layer=2, scale=0.5, budget=budget, loss_bound=1e-5, grad_bound=3e-5, written=True)
     model = in_float64(make_model(kind))
     check_against_naive(model, tokenizer, layer=2, scale=0.5, budget=budget, loss_bound=1e-10, grad_bound=1e-10)
 

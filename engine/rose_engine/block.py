@@ -1,0 +1,217 @@
+"""The step through Llama-like decoder layers on the CPU, written out: no autograd, no copies, nothing kept that backward does not need.
+
+    m = x + o(attention(q(n), k(n), v(n))),  n = norm(x);     y = m + down(silu(gate(n')) * up(n')),  n' = norm(m)
+
+The residual stream is float32 and the matrix products are in the weights' dtype. Of each layer x, m, q, k, v, gate and up are kept, in
+buffers that all steps share. The last layer runs only for the tokens whose output is read, and the first passes its gradient only to the
+tokens that ask. What the layers compute is the library's: `block_of` takes a layer only where it is one of those written out here,
+and everything else is run by the library (`forward.run_layers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from rose_kernels.layer import (
+    DTYPES,
+    WIDTH,
+    Layout,
+    attention,
+    attention_backward,
+    available,
+    products_,
+    rms_norm,
+    rms_norm_backward_,
+    rotate_,
+    swiglu,
+    swiglu_backward_,
+)
+
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder layer's parts. head: the norms of a head's queries and keys, where the family has them."""
+
+    attention: nn.Module
+    mlp: nn.Module
+    before_attention: nn.Module
+    before_mlp: nn.Module
+    head: tuple[nn.Module, nn.Module] | None
+
+
+def block_of(layer: nn.Module) -> Block | None:
+    """The parts of a layer, or None where the library has to run it: another family, a hook or an adapter in it, another dtype."""
+    if type(layer).__name__ not in LAYERS or not type(layer).__module__.startswith("transformers.models."):
+        return None
+    if any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules()):
+        return None
+    a, mlp = layer.self_attn, layer.mlp
+    linear = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    parameters = list(layer.parameters())
+    dtypes = {p.dtype for p in parameters}
+    if any(type(m) is not nn.Linear for m in linear) or len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        return None
+    if not all(available(p.device) and p.is_contiguous() for p in parameters) or mlp.config.hidden_act != "silu":
+        return None
+    if a.head_dim % (2 * WIDTH) or any(n % WIDTH for m in linear for n in m.weight.shape):
+        return None
+    head = (a.q_norm, a.k_norm) if hasattr(a, "q_norm") else None
+    return Block(a, mlp, layer.input_layernorm, layer.post_attention_layernorm, head)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a norm is the one written out here."""
+    weight = getattr(module, "weight", None)
+    plain = type(module).__name__ in NORMS and not (module._forward_hooks or module._forward_pre_hooks)
+    return plain and weight.dtype in DTYPES and len(weight) % WIDTH == 0
+
+
+def norm_of(module: nn.Module) -> tuple[Tensor, float]:
+    """A norm's weight and epsilon."""
+    return module.weight, module.variance_epsilon
+
+
+class Workspace:
+    """Buffers that steps share, by layer and name."""
+
+    def __init__(self, dtype: torch.dtype):
+        self._dtype = dtype
+        self._kept: dict[tuple[int, str], Tensor] = {}
+
+    def take(self, layer: int, name: str, tokens: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """[tokens, width] of the named buffer, of the weights' dtype unless told; it grows where it is too short."""
+        kept = self._kept.get((layer, name))
+        if kept is None or len(kept) < tokens:
+            kept = self._kept[layer, name] = torch.empty(tokens, width, dtype=dtype or self._dtype)
+        return kept[:tokens]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What backward needs of a layer. rows: the tokens that were run behind the attention, None for all."""
+
+    x: Tensor
+    m: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    up: Tensor
+    rows: Tensor | None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all layers of a batch share: cosine and sine [N, h] float32 of its tokens, its suffixes, and of each layer the keys and values
+    [M, KV, h] of the prefixes."""
+
+    cosine: Tensor
+    sine: Tensor
+    layout: Layout
+    past: Sequence[tuple[Tensor, Tensor]]
+
+
+def forward(blocks: Sequence[Block], context: Context, x: Tensor, outputs: Tensor, space: Workspace) -> tuple[Tensor, list[Kept]]:
+    """Hidden states [T, d] float32 of the tokens `outputs` after all layers, from x [N, d] float32, and what backward needs."""
+    kept = []
+    for i, (block, past) in enumerate(zip(blocks, context.past, strict=True)):
+        rows = outputs if i == len(blocks) - 1 else None
+        x, saved = _forward(block, context, past, x, rows, partial(space.take, i))
+        kept.append(saved)
+    return x, kept
+
+
+def backward(blocks: Sequence[Block], context: Context, kept: Sequence[Kept], grad: Tensor, inputs: Tensor) -> Tensor:
+    """The gradient [B, d] float32 at the tokens `inputs` of the first layer's x, from grad [T, d] at the last layer's outputs.
+
+    Overwrites grad and what was kept.
+    """
+    for i in reversed(range(len(blocks))):
+        grad = _backward(blocks[i], context, context.past[i], kept[i], grad, inputs if i == 0 else None)
+    return grad
+
+
+def _forward(block: Block, context: Context, past, x: Tensor, rows: Tensor | None, take) -> tuple[Tensor, Kept]:
+    a, mlp, N = block.attention, block.mlp, len(x)
+    n = rms_norm(x, *norm_of(block.before_attention))
+    q, k, v = _linear(n, (a.q_proj, a.k_proj, a.v_proj), [take(name, N, width) for name, width in zip("qkv", _widths(a), strict=True)])
+    mixed = attention(*_turn(block, context, q, k), v.view(N, -1, a.head_dim), *past, context.layout, a.scaling).view(N, -1)
+    before, mixed = (x, mixed) if rows is None else (x[rows], mixed[rows])
+    m = _add_linear(before, mixed, a.o_proj, take("m", *before.shape, torch.float32))
+    n = rms_norm(m, *norm_of(block.before_mlp))
+    gate, up = _linear(n, (mlp.gate_proj, mlp.up_proj), [take(name, len(m), mlp.intermediate_size) for name in ("gate", "up")])
+    y = _add_linear(m, swiglu(gate, up), mlp.down_proj, take("y", *m.shape, torch.float32))
+    return y, Kept(x, m, q, k, v, gate, up, rows)
+
+
+def _backward(block: Block, context: Context, past, kept: Kept, grad: Tensor, inputs: Tensor | None) -> Tensor:
+    a, mlp, N = block.attention, block.mlp, len(kept.q)
+    dh = torch.empty_like(kept.gate)
+    products_(grad, [mlp.down_proj.weight], [dh], turned=False)
+    swiglu_backward_(dh, kept.gate, kept.up)
+    rms_norm_backward_(grad, _through((kept.gate, kept.up), (mlp.gate_proj, mlp.up_proj)), kept.m, *norm_of(block.before_mlp))
+    x = kept.x
+    if kept.rows is not None:
+        grad = grad.new_zeros(N, grad.shape[1]).index_add_(0, kept.rows, grad)
+    mixed = torch.empty_like(kept.q)
+    products_(grad, [a.o_proj.weight], [mixed], turned=False)
+    heads = lambda x: x.view(N, -1, a.head_dim)  # noqa: E731
+    q, k = (heads(kept.q), heads(kept.k)) if block.head is None else _turn(block, context, kept.q, kept.k)  # turned in place, or not
+    dq, dk, dv = attention_backward(heads(mixed), q, k, heads(kept.v), *past, context.layout, a.scaling)
+    query_norm, key_norm = block.head or (None, None)
+    dq, dk, dv = _turn_back(query_norm, context, dq, kept.q), _turn_back(key_norm, context, dk, kept.k), dv.view(N, -1)
+    if inputs is not None:
+        x, grad, dq, dk, dv = (t[inputs] for t in (x, grad, dq, dk, dv))
+    return rms_norm_backward_(grad, _through((dq, dk, dv), (a.q_proj, a.k_proj, a.v_proj)), x, *norm_of(block.before_attention))
+
+
+def _widths(a: nn.Module) -> tuple[int, int, int]:
+    return a.q_proj.out_features, a.k_proj.out_features, a.v_proj.out_features
+
+
+def _linear(x: Tensor, projections: Sequence[nn.Linear], out: Sequence[Tensor]) -> Sequence[Tensor]:
+    products_(x, [p.weight for p in projections], out, turned=True)
+    for y, p in zip(out, projections, strict=True):
+        if p.bias is not None:
+            y += p.bias
+    return out
+
+
+def _add_linear(x: Tensor, y: Tensor, projection: nn.Linear, out: Tensor) -> Tensor:
+    """x + projection(y) in float32."""
+    out.copy_(x)
+    products_(y, [projection.weight], [out], turned=True, add=True)
+    return out if projection.bias is None else out.add_(projection.bias)
+
+
+def _through(grads: Sequence[Tensor], projections: Sequence[nn.Linear]) -> Tensor:
+    """The gradient [N, d] float32 in what several projections were given, from those in their outputs."""
+    out = grads[0].new_empty(len(grads[0]), projections[0].in_features, dtype=torch.float32)
+    for i, (grad, projection) in enumerate(zip(grads, projections, strict=True)):
+        products_(grad, [projection.weight], [out], turned=False, add=i > 0)
+    return out
+
+
+def _turn(block: Block, context: Context, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys [N, heads, h] turned by their position; without norms of their own in place, else as copies."""
+    q, k = (x.view(len(x), -1, block.attention.head_dim) for x in (q, k))
+    if block.head is not None:
+        q, k = (rms_norm(x.float(), *norm_of(norm)) for norm, x in zip(block.head, (q, k), strict=True))
+    return rotate_(q, context.cosine, context.sine), rotate_(k, context.cosine, context.sine)
+
+
+def _turn_back(norm: nn.Module | None, context: Context, grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient [N, heads * h] in what `_turn` was given, from that in what it returned."""
+    rotate_(grad, context.cosine, context.sine, backward=True)
+    if norm is not None:
+        given = x.view(grad.shape).float()
+        grad = rms_norm_backward_(torch.zeros_like(given), grad.float(), given, *norm_of(norm)).to(grad.dtype)
+    return grad.view(len(x), -1)
