@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2", help="Hugging Face id, folder, or smollm2")
     parser.add_argument("--recipes", default="vanilla,rose", help="vanilla, rose, rose_paper; separated by commas")
     parser.add_argument("--subjects", type=int, default=20, help="how many subjects of the file, from its start")
-    parser.add_argument("--dtype", default=None, help="float32, bfloat16 or float16; default: the checkpoint's")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16, float16 or auto; default: the checkpoint's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the result as JSON, - for standard output")
     args = parser.parse_args(argv)

@@ -2,11 +2,12 @@
 
     python -m bench.speed --model smollm2 --subjects 1 --facts 4 --json -
 
-Methods: memit_merge (`bench.baselines.memit_merge`), rose_naive (`bench.baselines.rose_naive`), rose (the engine, float32) and rose_bf16
-(the engine, bfloat16). Each run is a process of its own, methods take turns, and times are medians over the repeats. All take
-the paper's settings with 35 steps, which end early with --early-stop alone. Seconds are those of prepare, optimise and write; loading,
-the covariance that MEMIT-Merge is given, and verification are told apart. peak_extra_mb is the peak above the loaded model.
-floor_s is what the engine's matrix products above layer L would take at the rate of a large product in the same run.
+Methods: memit_merge (`bench.baselines.memit_merge`), rose_naive (`bench.baselines.rose_naive`) and rose (the engine), all three in the
+dtype given by --dtype, and rose_auto (the engine, dtype auto). Each run is a process of its own, methods take turns, and times are medians
+over the repeats. All take the paper's settings with 35 steps, which end early with --early-stop alone. Seconds are those of prepare,
+optimise and write; loading, the covariance that MEMIT-Merge is given, and verification (the engine's) are told apart. tokens: run by a
+step, padding included. peak_extra_mb: the peak above the loaded model. floor_s: what the engine's matrix products above layer L would take
+at the rate of a large product in the same run. ratio: seconds of memit_merge, and of rose_naive, to those of each engine run.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
-METHODS = ("memit_merge", "rose_naive", "rose", "rose_bf16")
+METHODS = ("memit_merge", "rose_naive", "rose", "rose_auto")
+ENGINE = ("rose", "rose_auto")
 NAMES = ("Lin Nu", "Henri Marteau", "Ada Brandt", "Omar Haddad", "Mirela Popescu", "Tomas Vega", "Kofi Mensah", "Ingrid Solberg")
 # prompt, question, targets (a subject takes one of them)
 RELATIONS = (
@@ -64,9 +67,27 @@ def matrix_rate(dtype: torch.dtype, device: str) -> float:
     return 2 * 1024 * 4096 * 1024 / min(times[1:])
 
 
+def load(args: argparse.Namespace, dtype: str) -> Any:
+    """The model, as an Editor: loaded, or made with random weights on the device."""
+    from rose_engine import Editor
+    from rose_engine.dtype import dtype_of
+
+    if not args.random_weights:
+        return Editor.from_pretrained(args.model, dtype=dtype, device=args.device)
+    from rose_engine.embedded import NAME, embedded_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(args.random_weights)
+    with torch.device(args.device):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(dtype, args.device))
+    folder = str(embedded_model()) if args.model == NAME else args.model
+    return Editor(model, AutoTokenizer.from_pretrained(folder))
+
+
 def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """One method, once, in this process."""
-    from rose_engine import ROSE, Editor
+    from rose_engine import ROSE
 
     from bench.baselines import memit_merge, rose_naive
     from bench.memory import Memory
@@ -75,7 +96,7 @@ def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
     native.served()
     edits = facts_of(args.subjects, args.facts)
     began = time.perf_counter()
-    editor = Editor.from_pretrained(args.model, dtype="bfloat16" if method == "rose_bf16" else "float32", device=args.device)
+    editor = load(args, "auto" if method == "rose_auto" else args.dtype)
     recipe = replace(ROSE, steps=args.steps, stop_loss=ROSE.stop_loss if args.early_stop else 0.0)
     with torch.no_grad():
         for parameter in editor.model.parameters():  # a mapped file is read before the clock runs
@@ -88,31 +109,26 @@ def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
         C = memit_merge.covariance(editor.model, editor.tokenizer, texts, recipe.layers)
         seconds["covariance"] = time.perf_counter() - began
     memory = Memory(args.device != "cpu")
-    out: dict[str, Any] = {}
-    if method == "memit_merge":
-        settings = memit_merge.Settings(steps=recipe.steps, stop_loss=recipe.stop_loss)
-        done = memit_merge.edit(editor.model, editor.tokenizer, edits, C, settings)
-    elif method == "rose_naive":
-        done = rose_naive.edit(editor.model, editor.tokenizer, edits, recipe)
+    if method in ENGINE:
+        result = editor.apply(edits, recipe=recipe)
+        out = {"loss": fmean(result.loss), "steps": sum(result.steps), "seconds": result.seconds}
     else:
-        result = editor.apply(edits, recipe=recipe, verify=False)
-        out = {"loss": sum(result.loss) / len(result.loss), "steps": sum(result.steps)}
-        seconds |= result.seconds
-        tokens, decoder = suffix_tokens(editor, edits, recipe), editor.decoder
-        above = sum(p.numel() for layer in decoder.layers[recipe.last_layer + 1 :] for p in layer.parameters())
-        work = 4.0 * above * tokens * out["steps"] / args.subjects
-        out |= {"tokens": tokens, "floor_s": work / matrix_rate(editor.model.dtype, args.device)}
-    out["peak_extra_mb"] = memory.peak_mb()
-    if not out.get("tokens"):
-        seconds |= done.seconds
+        settings = memit_merge.Settings(steps=recipe.steps, stop_loss=recipe.stop_loss)
+        if method == "memit_merge":
+            done = memit_merge.edit(editor.model, editor.tokenizer, edits, C, settings)
+        else:
+            done = rose_naive.edit(editor.model, editor.tokenizer, edits, recipe)
         values = done.values
-        out |= {
-            "loss": sum(v.loss for v in values) / len(values),
-            "steps": sum(v.steps for v in values),
-            "tokens": sum(v.tokens for v in values),
-        }
-    total = sum(seconds.get(stage, 0.0) for stage in ("prepare", "optimise", "write"))
-    return {"method": method, "seconds": total, "split": seconds, **out}
+        out = {"loss": fmean(v.loss for v in values), "steps": sum(v.steps for v in values), "seconds": done.seconds}
+        out["tokens"] = sum(v.tokens for v in values)
+    out["peak_extra_mb"] = memory.peak_mb()
+    if method in ENGINE:
+        out["tokens"], decoder = suffix_tokens(editor, edits, recipe), editor.decoder
+        above = sum(p.numel() for layer in decoder.layers[recipe.last_layer + 1 :] for p in layer.parameters())
+        out["floor_s"] = 4.0 * above * out["tokens"] * out["steps"] / args.subjects / matrix_rate(editor.model.dtype, args.device)
+    split = seconds | out["seconds"]
+    total = sum(split[stage] for stage in ("prepare", "optimise", "write"))
+    return {"method": method, "dtype": str(editor.model.dtype).removeprefix("torch."), "split": split, **out, "seconds": total}
 
 
 def suffix_tokens(editor, edits, recipe) -> int:
@@ -128,24 +144,27 @@ def summary(runs: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str,
     of = {m: [r for r in runs if r["method"] == m] for m in methods}
     median = lambda m, key: statistics.median(r[key] for r in of[m])  # noqa: E731
     out: dict[str, Any] = {f"{m}_s": median(m, "seconds") for m in methods}
-    for name, key in (("split", "split"), ("steps", "steps"), ("tokens", "tokens")):
-        out[name] = {m: of[m][0][key] for m in methods}
+    out["ratio"] = {m: {base: out[f"{base}_s"] / out[f"{m}_s"] for base in methods if base not in ENGINE} for m in methods if m in ENGINE}
+    out["split"] = {m: {stage: statistics.median(r["split"][stage] for r in of[m]) for stage in of[m][0]["split"]} for m in methods}
+    for name in ("steps", "tokens", "dtype"):
+        out[name] = {m: of[m][0][name] for m in methods}
     out["peak_extra_mb"] = {m: median(m, "peak_extra_mb") for m in methods}
     out["final_loss"] = {m: median(m, "loss") for m in methods}
-    out["floor_s"] = {m: median(m, "floor_s") for m in methods if "floor_s" in of[m][0]}
+    out["floor_s"] = {m: median(m, "floor_s") for m in methods if m in ENGINE}
     out["seconds"] = {m: [r["seconds"] for r in of[m]] for m in methods}
     return out
 
 
 def table(result: dict[str, Any], methods: Sequence[str]) -> str:
     """The summary as text."""
-    lines = [f"{'method':12s} {'seconds':>9s} {'slower':>7s} {'floor':>7s} {'tokens':>7s} {'steps':>6s} {'extra MB':>9s} {'loss':>7s}"]
+    heads = {"method": -12, "dtype": -9, "seconds": 9, "slower": 8, "floor": 7, "tokens": 7, "steps": 6, "extra MB": 9, "loss": 7}
+    lines = [" ".join(f"{name:{'<' if width < 0 else '>'}{abs(width)}s}" for name, width in heads.items())]
     fastest = min(result[f"{m}_s"] for m in methods)
     for m in methods:
-        s = result[f"{m}_s"]
+        s, floor = result[f"{m}_s"], result["floor_s"].get(m)
         lines.append(
-            f"{m:12s} {s:9.2f} {s / fastest:6.1f}x {result['floor_s'].get(m, float('nan')):7.2f} {result['tokens'][m]:7d}"
-            f" {result['steps'][m]:6d} {result['peak_extra_mb'][m]:9.0f} {result['final_loss'][m]:7.3f}"
+            f"{m:12s} {result['dtype'][m]:9s} {s:9.2f} {s / fastest:6.1f}x {'' if floor is None else format(floor, '.2f'):>7s}"
+            f" {result['tokens'][m]:7d} {result['steps'][m]:6d} {result['peak_extra_mb'][m]:9.0f} {result['final_loss'][m]:7.3f}"
         )
     return "\n".join(lines)
 
@@ -158,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=35)
     parser.add_argument("--early-stop", action="store_true", help="let converged subjects leave")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 or auto, of all methods but rose_auto")
+    parser.add_argument("--random-weights", metavar="CONFIG", help="make a model of this configuration; --model gives the tokenizer")
     parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", default=None, metavar="FILE", help="write the result as JSON, - for standard output")

@@ -155,7 +155,7 @@ ROSE_INLINE void as_column(const float* x, int64_t dim, float* out, int64_t stri
   for (int64_t i = 0; i < dim; ++i) out[i * stride] = x[i];
 }
 
-// What a task, one suffix and one key head, works on; it grows to the largest task of a thread.
+// What a task, one suffix and one key head, works on. It grows to the largest task of a thread, and stays for the next call.
 struct Scratch {
   std::vector<float> query, keys, values, turned, scores, other, result;
 };
@@ -287,6 +287,17 @@ using bf16 = BF16::type;
 // Elements that make it worth to wake a thread.
 constexpr int64_t grain = 1 << 14;
 
+// Calls task(suffix, key head, scratch) for all of them. Suffixes come sorted by length, so threads take them in turns.
+template <class Task>
+void each_task(const Suffixes& s, const Task& task) {
+  const int64_t threads = std::max<int64_t>(1, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t i = thread; i < s.count * s.kv; i += threads) task(i / s.kv, i % s.kv, scratch);
+  });
+}
+
 int64_t rows_for(int64_t width) { return std::max<int64_t>(1, grain / width); }
 
 }  // namespace
@@ -344,18 +355,12 @@ void rotate(void* x, const float* cosine, const float* sine, int64_t tokens, int
 }
 
 void attention(const Suffixes& s, void* out) {
-  at::parallel_for(0, s.count * s.kv, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch;
-    for (int64_t task = begin; task < end; ++task)
-      (s.dtype == Float::f32 ? attend_f32 : attend_bf16)(s, task / s.kv, task % s.kv, out, scratch);
-  });
+  each_task(s, [&](int64_t b, int64_t g, Scratch& scratch) { (s.dtype == Float::f32 ? attend_f32 : attend_bf16)(s, b, g, out, scratch); });
 }
 
 void attention_backward(const Suffixes& s, const void* dout, void* dq, void* dk, void* dv) {
-  at::parallel_for(0, s.count * s.kv, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch;
-    for (int64_t task = begin; task < end; ++task)
-      (s.dtype == Float::f32 ? attend_backward_f32 : attend_backward_bf16)(s, task / s.kv, task % s.kv, dout, dq, dk, dv, scratch);
+  each_task(s, [&](int64_t b, int64_t g, Scratch& scratch) {
+    (s.dtype == Float::f32 ? attend_backward_f32 : attend_backward_bf16)(s, b, g, dout, dq, dk, dv, scratch);
   });
 }
 

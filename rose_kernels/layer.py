@@ -1,8 +1,9 @@
 """The parts of a Llama-like decoder layer between its matrix products, forward and backward, on the CPU (`csrc/layer.h`).
 
-A packed token's residual stream and its gradient are float32; what enters a matrix product has the dtype of the weights, float32 or bfloat16.
-Widths (hidden size, MLP size) are multiples of `WIDTH`, the head dimension of twice that. Nothing here is differentiable: the backward passes are operators
-of their own, which `rose_engine.block` calls in their order. ValueError where shapes or dtypes do not fit.
+A packed token's residual stream and its gradient are float32; what enters a matrix product has the dtype of the weights, float32 or
+bfloat16. Widths (hidden size, MLP size) are multiples of `WIDTH`, the head dimension of twice that. Nothing here is differentiable:
+the backward passes are operators of their own, which `rose_engine.block` calls in their order. ValueError where shapes or dtypes do
+not fit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rose_kernels import native
+from rose_kernels.backend import serving
 from rose_kernels.contract import check, check_index
 
 WIDTH = 16
@@ -21,8 +22,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def available(device: torch.device) -> bool:
-    """Whether these operators serve tensors on a device."""
-    return device.type == "cpu" and "cpu" in native.served()
+    """Whether these operators serve tensors on a device: on the CPU, where csrc is built and `ROSE_BACKEND` asks for nothing else."""
+    return device.type == "cpu" and serving(device, "add_low_rank_") == "csrc"
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ class Layout:
 
 
 def products_(a: Tensor, w: Sequence[Tensor], out: Sequence[Tensor], *, turned: bool, add: bool = False) -> None:
-    """out[i] = a w[i]^T where turned, for w[i] [columns, depth] as a linear layer has it, or a w[i] for w[i] [depth, columns]; or onto out[i].
+    """out[i] = a w[i]^T where turned, for w[i] [columns, depth] as a linear layer has it, else a w[i] for w[i] [depth, columns].
 
+    add: onto what out[i] holds.
     a [N, depth] and out[i] [N, columns] float32 or of the dtype of w, float32 or bfloat16; sums in float32. Weights are read in
     place, by `csrc/matmul.h` where the machine has AVX-512, else by PyTorch.
     """
@@ -65,7 +67,7 @@ def products_(a: Tensor, w: Sequence[Tensor], out: Sequence[Tensor], *, turned: 
         check("a", a, tuple(a.shape), (torch.float32, weight.dtype))
         if weight.dtype != w[0].dtype or any(n % WIDTH for n in weight.shape):
             raise ValueError(f"weights must be of one dtype and in multiples of {WIDTH}, given {weight.dtype} {list(weight.shape)}")
-    if torch.ops.rose_native.products_serve(w[0]):
+    if _serves(w[0]):
         torch.ops.rose_native.products(a, list(w), list(out), turned, add)
         return
     for weight, to in zip(w, out, strict=True):
@@ -121,9 +123,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, l
     `check` for N and M, and every packed token must lie in a suffix.
     """
     _check_heads(q, k, v, past_k, past_v)
-    return torch.ops.rose_native.attention(
-        q, k, v, past_k, past_v, layout.start, layout.length, layout.prefix, layout.prefix_length, scale
-    )
+    return torch.ops.rose_native.attention(q, k, v, past_k, past_v, layout.start, layout.length, layout.prefix, layout.prefix_length, scale)
 
 
 def attention_backward(
@@ -135,6 +135,10 @@ def attention_backward(
     return torch.ops.rose_native.attention_backward(
         dout, q, k, v, past_k, past_v, layout.start, layout.length, layout.prefix, layout.prefix_length, scale
     )
+
+
+def _serves(weight: Tensor) -> bool:
+    return torch.ops.rose_native.products_serve(weight)
 
 
 def _check_rows(x: Tensor, weight: Tensor) -> None:

@@ -27,7 +27,10 @@ app = typer.Typer(
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hugging Face id, local folder, or smollm2 (embedded).")]
-DtypeOption = Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: the checkpoint's.")]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16", "auto"] | None,
+    typer.Option(help="auto: the faster of float32 and bfloat16 here. Default: the checkpoint's."),
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 
 

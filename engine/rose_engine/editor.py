@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from rose_engine import embedded
 from rose_engine.architecture import decoder_of
 from rose_engine.delta import FORMAT, Delta, DeltaError, fingerprint
+from rose_engine.dtype import dtype_of
 from rose_engine.edits import Edit, EditError, check_consistent, group_by_subject
 from rose_engine.forms import bystander_rows, chat_parts
 from rose_engine.optimize import Progress, optimize_values, subject_rows
@@ -26,13 +27,12 @@ from rose_engine.write import all_or_nothing, write_layers
 from rose_kernels import add_low_rank_
 
 log = logging.getLogger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Result:
     """What `Editor.apply` did: the delta that was written, the verification (None where it was not asked for), seconds by stage
-    (optimise, write, verify), and for each subject, in order of first appearance, its Adam steps and last mean loss."""
+    (prepare, optimise, write, verify), and for each subject, in order of first appearance, its Adam steps and last mean loss."""
 
     delta: Delta
     report: Report | None
@@ -82,12 +82,10 @@ class Editor:
     ) -> Editor:
         """Load a model by Hugging Face id or local folder, or the embedded one by the name `smollm2`.
 
-        dtype: float32, bfloat16 or float16; None keeps the checkpoint's. MissingModelError, OSError, ValueError.
+        dtype: float32, bfloat16 or float16; `auto` takes whichever of the first two is faster on the device, by a short
+        measurement; None keeps the checkpoint's. MissingModelError, OSError, ValueError.
         """
-        if isinstance(dtype, str):
-            if dtype not in DTYPES:
-                raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, given {dtype!r}")
-            dtype = DTYPES[dtype]
+        dtype = dtype_of(dtype, device)
         folder = str(embedded.embedded_model()) if name == embedded.NAME else name
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
@@ -119,12 +117,12 @@ class Editor:
             raise ValueError(f"layer {recipe.last_layer} cannot be edited: the model has {len(self.decoder.layers)} layers")
         check_consistent(edits)
         subjects = group_by_subject(edits)
-        plans = [subject_rows(self.decoder, self.tokenizer, subject, recipe) for subject in subjects]
         clock = _Clock()
+        plans = [subject_rows(self.decoder, self.tokenizer, subject, recipe) for subject in subjects]
+        clock("prepare")
         before = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
         clock("verify")
-        values = optimize_values(self.decoder, plans, recipe, progress)
-        clock("optimise")
+        values = optimize_values(self.decoder, plans, recipe, progress, clock)
         self._keep_base(recipe.layers)
         rows = [row for plan in plans for row in plan.facts]
         owner = [s for s, plan in enumerate(plans) for _ in plan.facts]

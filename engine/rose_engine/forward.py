@@ -27,6 +27,7 @@ from rose_kernels.reference import wide
 # Rows of the vocabulary's width that exist at one time where the output layer is written out (`_read_out`).
 OUTPUT_ROWS = 64
 
+
 def run_layers(decoder: Decoder, hidden: Tensor, position: Tensor, layers: range, attention: TreeAttention | SuffixAttention) -> Tensor:
     """Apply decoder layers to packed tokens: hidden [N, d], position [N]; returns [N, d]."""
     if not layers or not len(hidden):
@@ -213,11 +214,13 @@ def _written_step(batch: Batch, hidden: Tensor, count: Tensor) -> tuple[Tensor, 
     s, p = batch.suffixes, batch.prepared
     outputs = torch.cat([s.predict, s.start[batch.neutral]])
     top, kept = block.forward(p.blocks, batch.layout, hidden, outputs, p.space)
-    nll, kl, grad = _read_out(p.decoder, top, s.target, 1 / count[s.target_row], batch.reference)
+    nll, kl, grad = _read_out(p.decoder, top, s.target, 1 / count[s.target_row], batch.reference, p.space)
     return nll, kl, block.backward(p.blocks, batch.layout, kept, grad, s.start)
 
 
-def _read_out(decoder: Decoder, top: Tensor, target: Tensor, weight: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _read_out(
+    decoder: Decoder, top: Tensor, target: Tensor, weight: Tensor, reference: Tensor, space: block.Workspace
+) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and their gradient at the top in one pass over the output matrix.
 
     top [T + K, d]: the hidden states that predict the targets, then those of the neutral rows. Returns nll [T], KL [K], and the gradient
@@ -229,13 +232,15 @@ def _read_out(decoder: Decoder, top: Tensor, target: Tensor, weight: Tensor, ref
     for first in range(0, len(top), OUTPUT_ROWS):
         end = min(first + OUTPUT_ROWS, len(top))
         split = max(first, min(end, T))  # targets before it, neutral rows from it on
-        scores = top.new_empty(end - first, len(decoder.head))
-        products_(hidden[first:end], [decoder.head], [scores], turned=True)
-        scores -= scores.logsumexp(-1, keepdim=True)
         here, there = torch.arange(split - first), reference[split - T : end - T]
-        loss[first:split] = -scores[here, target[first:split]]
-        loss[split:end] = (there.exp() * (there - scores[split - first :])).sum(-1)
-        scores.exp_()
+        scores = space.take(-1, "scores", end - first, len(decoder.head), torch.float32)
+        products_(hidden[first:end], [decoder.head], [scores], turned=True)
+        scores -= scores.amax(-1, keepdim=True)
+        chosen, neutral = scores[here, target[first:split]], scores[split - first :].clone()
+        total = scores.exp_().sum(-1, keepdim=True)
+        loss[first:split] = total[: split - first, 0].log() - chosen
+        loss[split:end] = (there.exp() * (there - neutral + total[split - first :].log())).sum(-1)
+        scores /= total
         scores[here, target[first:split]] -= 1
         scores[: split - first] *= weight[first:split, None]
         scores[split - first :] -= there.exp()

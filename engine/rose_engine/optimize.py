@@ -33,6 +33,8 @@ BATCH_TOKENS = 640
 
 # progress(subjects done, subjects in all, step, mean loss of the batch)
 Progress = Callable[[int, int, int, float], None]
+# clock(stage): the stage, "prepare" or "optimise", has just ended
+Clock = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,25 @@ class Values:
     centroids: Tensor
 
 
+def batches_of(subjects: Sequence[SubjectRows], budget: int) -> list[list[SubjectRows]]:
+    """Subjects in order, as many together as `budget` suffix tokens hold, one at least."""
+    batches: list[list[SubjectRows]] = []
+    used = budget
+    for subject in subjects:
+        if not batches or used + subject.suffix_tokens > budget:
+            batches.append([])
+            used = 0
+        batches[-1].append(subject)
+        used += subject.suffix_tokens
+    return batches
+
+
 def optimize_values(
     decoder: Decoder,
     subjects: Sequence[SubjectRows],
     recipe: Recipe,
     progress: Progress | None = None,
+    clock: Clock = lambda stage: None,
     *,
     batch_tokens: int = BATCH_TOKENS,
     step_tokens: int = STEP_TOKENS,
@@ -91,27 +107,28 @@ def optimize_values(
 
     FloatingPointError where a loss is not finite.
     """
-    parts = []
-    done = 0
-    while done < len(subjects):
-        count, tokens = 1, subjects[done].suffix_tokens
-        while done + count < len(subjects) and tokens + subjects[done + count].suffix_tokens <= batch_tokens:
-            tokens += subjects[done + count].suffix_tokens
-            count += 1
+    parts, done = [], 0
+    for members in batches_of(subjects, batch_tokens):
         report = partial(progress, done, len(subjects)) if progress else None
-        parts.append(_optimize_batch(decoder, subjects[done : done + count], recipe, report, step_tokens))
-        done += count
+        parts.append(_optimize_batch(decoder, members, recipe, report, clock, step_tokens))
+        done += len(members)
     return Values(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Values)})
 
 
 def _optimize_batch(
-    decoder: Decoder, subjects: Sequence[SubjectRows], recipe: Recipe, progress: Callable[[int, float], None] | None, step_tokens: int
+    decoder: Decoder,
+    subjects: Sequence[SubjectRows],
+    recipe: Recipe,
+    progress: Callable[[int, float], None] | None,
+    clock: Clock,
+    step_tokens: int,
 ) -> Values:
     rows = [row for subject in subjects for row in subject.facts]
     facts, count = len(rows), len(subjects)
     owner = [s for s, subject in enumerate(subjects) for _ in subject.facts] + list(range(count))
     rows += [subject.neutral for subject in subjects]
     prepared = prepare(decoder, rows, recipe.last_layer)
+    clock("prepare")
 
     on = lambda x: torch.tensor(x, device=prepared.hidden.device)  # noqa: E731
     subject = on(owner)
@@ -158,4 +175,5 @@ def _optimize_batch(
             clamp=recipe.clamp,
         )
         first_centroids = centroids if first_centroids is None else first_centroids
+    clock("optimise")
     return Values(delta, v0, wanted, loss, steps, first_centroids)

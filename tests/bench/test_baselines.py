@@ -79,9 +79,13 @@ def test_speed_runs_every_method(make_model, tokenizer, tmp_path):
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    methods = ("memit_merge", "rose_naive", "rose", "rose_bf16")
+    methods = ("memit_merge", "rose_naive", "rose", "rose_auto")
     for method in methods:
-        assert result[f"{method}_s"] > 0 and result["steps"][method] == 2 and set(result["split"][method]) >= {"load", "optimise", "write"}
+        assert (
+            result[f"{method}_s"] > 0
+            and result["steps"][method] == 2
+            and set(result["split"][method]) >= {"load", "prepare", "optimise", "write"}
+        )
         assert result["tokens"][method] > 0 and result["peak_extra_mb"][method] >= 0
     assert result["final_loss"]["rose"] == pytest.approx(result["final_loss"]["rose_naive"], rel=1e-2)
     assert result["tokens"]["rose"] < result["tokens"]["rose_naive"]

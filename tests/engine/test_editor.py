@@ -32,7 +32,7 @@ def test_apply_changes_the_edited_weights_alone(editor):
     assert sorted(changed) == sorted(result.delta.factors) == [f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 2)]
     for name, (U, V) in result.delta.factors.items():
         torch.testing.assert_close(bits(editor)[name] - before[name], U @ V, rtol=1e-3, atol=1e-5)
-    assert len(result.report.facts) == 3 and set(result.seconds) == {"optimise", "write", "verify"}
+    assert len(result.report.facts) == 3 and set(result.seconds) == {"prepare", "optimise", "write", "verify"}
     assert result.report.facts[0].prompt_after.probability > result.report.facts[0].prompt_before.probability
 
 
