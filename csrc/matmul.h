@@ -1,6 +1,6 @@
 // Products of a few hundred packed tokens with frozen weights, on CPUs with 512-bit vectors.
 //
-// The weights are read where they lie: a panel of 64 of a product's columns is rearranged into a core's own cache, used for all tokens, and
+// The weights are read where they lie: a panel of 32 of a product's columns is rearranged into a core's own cache, used for all tokens, and
 // dropped, and the next panel is fetched meanwhile. Nothing of a weight is kept, so that memory does not grow. Sums are
 // float32, each in one order whatever the number of threads.
 #pragma once

@@ -17,11 +17,14 @@ namespace rose::cpu {
 namespace {
 
 // A step is 32 bits of depth: one float32, or two bfloat16 that one instruction multiplies and adds.
-constexpr int64_t tile_rows = 6, tile_vectors = 4, panel = 16 * tile_vectors;
-constexpr int64_t most_steps = 384;  // 96 KiB of a panel stay in a second-level cache; sums of blocks keep rounding errors small
+constexpr int64_t tile_rows = 12, tile_vectors = 2, panel = 16 * tile_vectors;
+constexpr int64_t most_steps = 192;  // 24 KiB of a panel stay in a first-level cache; sums of blocks keep rounding errors small
 typedef uint32_t Tile16[16];
 
-// The depth is cut into blocks of one length.
+// Where sums may go on in the output, a depth such as a vocabulary's is cut into segments, so that the packed rows stay in cache.
+constexpr int64_t most_segment = 6144;
+
+// A segment's depth is cut into blocks of one length.
 int64_t block_of(int64_t steps) {
   const int64_t blocks = (steps + most_steps - 1) / most_steps;
   return ((steps + blocks - 1) / blocks + 15) / 16 * 16;
@@ -30,8 +33,9 @@ int64_t block_of(int64_t steps) {
 int64_t tiles(int64_t rows) { return (rows + tile_rows - 1) / tile_rows; }
 
 struct Job {
-  const char* a;       // packed: [tiles(rows)][steps][tile_rows] of 32 bits
-  int64_t rows, depth, steps, block;
+  const char* a;               // packed: [tiles(rows)][steps][tile_rows] of 32 bits
+  int64_t rows, steps, block;
+  int64_t first, all_steps;    // these steps are first .. first + steps - 1 of the weights' all_steps
   Float dtype;
   bool turned, add;
 };
@@ -68,7 +72,7 @@ ROSE_AVX512 void turn_block(const uint32_t* const* in, int64_t at, uint32_t* out
   }
 }
 
-// Words `from` .. `from + steps` of the rows of a turned weight [columns, depth] as a panel [steps, 64]; columns past the last are zero.
+// Words `from` .. `from + steps` of the rows of a turned weight [columns, depth] as a panel [steps, 32]; columns past the last are zero.
 ROSE_AVX512 void pack_turned(const uint32_t* w, int64_t row_words, int64_t columns, int64_t from, int64_t steps, uint32_t* out) {
   static const uint32_t nothing[16] = {};
   for (int64_t c = 0; c < panel; c += 16)
@@ -92,7 +96,7 @@ ROSE_AVX512 void pack_turned(const uint32_t* w, int64_t row_words, int64_t colum
     }
 }
 
-// Steps `from` and on of a weight [depth, columns] as a panel [steps, 64].
+// Steps `from` and on of a weight [depth, columns] as a panel [steps, 32].
 ROSE_AVX512 void pack_straight(const void* w, int64_t row_elements, int64_t columns, int64_t from, int64_t steps, Float dtype, uint32_t* out) {
   const int64_t count = std::min(panel, columns);
   if (count < panel) std::fill_n(out, steps * panel, 0u);
@@ -109,40 +113,42 @@ ROSE_AVX512 void pack_straight(const void* w, int64_t row_elements, int64_t colu
   }
 }
 
-// Rows first .. first + tile_rows of a as [steps][tile_rows] words; rows past the last are zero.
-ROSE_AVX512 void pack_tile(const void* a, Float a_dtype, int64_t rows, int64_t depth, int64_t first, Float dtype, uint32_t* out, uint32_t* row) {
-  const int64_t steps = dtype == Float::f32 ? depth : depth / 2;
+// Rows `top` .. `top + tile_rows` of a [rows, depth], steps `first` and on, as [steps][tile_rows] words; rows past the last are zero.
+ROSE_AVX512 void pack_tile(const void* a, Float a_dtype, int64_t rows, int64_t depth, int64_t top, int64_t first, int64_t steps, Float dtype,
+                           uint32_t* out, uint32_t* row) {
+  const int64_t per_step = dtype == Float::f32 ? 1 : 2;
   for (int64_t r = 0; r < tile_rows; ++r) {
-    if (first + r >= rows) {
+    if (top + r >= rows) {
       for (int64_t s = 0; s < steps; ++s) out[s * tile_rows + r] = 0;
       continue;
     }
     const uint32_t* words = row;
+    const int64_t at = (top + r) * depth + first * per_step;
     if (a_dtype == dtype) {
-      words = reinterpret_cast<const uint32_t*>(static_cast<const char*>(a) + (first + r) * depth * (dtype == Float::f32 ? 4 : 2));
+      words = reinterpret_cast<const uint32_t*>(static_cast<const char*>(a) + at * (dtype == Float::f32 ? 4 : 2));
     } else {
-      const float* x = static_cast<const float*>(a) + (first + r) * depth;
-      for (int64_t i = 0; i < depth; i += 16) BF16::narrow(reinterpret_cast<uint16_t*>(row) + i, load<f32x16>(x + i));
+      const float* x = static_cast<const float*>(a) + at;
+      for (int64_t i = 0; i < steps * per_step; i += 16) BF16::narrow(reinterpret_cast<uint16_t*>(row) + i, load<f32x16>(x + i));
     }
     for (int64_t s = 0; s < steps; ++s) out[s * tile_rows + r] = words[s];
   }
 }
 
-// c [tile_rows, 64] = (fresh ? 0 : c) + (the sum over steps of a[s][r] * b[s][..))
+// c [tile_rows, 32] = (fresh ? 0 : c) + (the sum over steps of a[s][r] * b[s][..))
 ROSE_AVX512 void tile_f32(const float* a, const float* b, int64_t steps, bool fresh, float* c) {
   f32x16 acc[tile_rows][tile_vectors] = {};
   for (int64_t s = 0; s < steps; ++s) {
     f32x16 y[tile_vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int v = 0; v < tile_vectors; ++v) y[v] = load<f32x16>(b + s * panel + 16 * v);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int r = 0; r < tile_rows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int v = 0; v < tile_vectors; ++v) acc[r][v] += a[s * tile_rows + r] * y[v];
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int r = 0; r < tile_rows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int v = 0; v < tile_vectors; ++v) {
       float* to = c + r * panel + 16 * v;
       store(to, fresh ? acc[r][v] : load<f32x16>(to) + acc[r][v]);
@@ -151,24 +157,24 @@ ROSE_AVX512 void tile_f32(const float* a, const float* b, int64_t steps, bool fr
 
 ROSE_AVX512_BF16 void tile_bf16(const uint32_t* a, const uint32_t* b, int64_t steps, bool fresh, float* c) {
   __m512 acc[tile_rows][tile_vectors];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int r = 0; r < tile_rows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int v = 0; v < tile_vectors; ++v) acc[r][v] = _mm512_setzero_ps();
   for (int64_t s = 0; s < steps; ++s) {
     __m512i y[tile_vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int v = 0; v < tile_vectors; ++v) y[v] = _mm512_loadu_si512(b + s * panel + 16 * v);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int r = 0; r < tile_rows; ++r) {
       const __m512bh x = (__m512bh)_mm512_set1_epi32(int(a[s * tile_rows + r]));
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int v = 0; v < tile_vectors; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x, (__m512bh)y[v]);
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int r = 0; r < tile_rows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int v = 0; v < tile_vectors; ++v) {
       float* to = c + r * panel + 16 * v;
       _mm512_storeu_ps(to, fresh ? acc[r][v] : _mm512_add_ps(_mm512_loadu_ps(to), acc[r][v]));
@@ -204,7 +210,8 @@ Source source_of(const Job& job, const Task& task, int64_t from) {
   const int64_t size = job.dtype == Float::f32 ? 4 : 2, per_step = job.dtype == Float::f32 ? 1 : 2;
   const int64_t steps = std::min(job.block, job.steps - from), columns = std::min(panel, task.product->columns - task.column);
   const char* w = static_cast<const char*>(task.product->w);
-  if (job.turned) return {w + task.column * job.depth * size + from * 4, columns, steps * 4, job.depth * size};
+  from += job.first;
+  if (job.turned) return {w + (task.column * job.all_steps + from) * 4, columns, steps * 4, job.all_steps * 4};
   const int64_t row = task.product->columns * size;
   return {w + from * per_step * row + task.column * size, steps * per_step, columns * size, row};
 }
@@ -222,11 +229,12 @@ void run(const Job& job, const Task& task, const Task* next, uint32_t* b, float*
   for (int64_t from = 0; from < job.steps; from += job.block) {
     const int64_t steps = std::min(job.block, job.steps - from);
     if (job.turned)
-      pack_turned(reinterpret_cast<const uint32_t*>(task.product->w) + task.column * job.steps, job.steps, count, from, steps, b);
+      pack_turned(reinterpret_cast<const uint32_t*>(task.product->w) + task.column * job.all_steps, job.all_steps, count,
+                  job.first + from, steps, b);
     else if (job.dtype == Float::f32)
-      pack_straight(static_cast<const float*>(task.product->w) + task.column, row_elements, count, from, steps, job.dtype, b);
+      pack_straight(static_cast<const float*>(task.product->w) + task.column, row_elements, count, job.first + from, steps, job.dtype, b);
     else
-      pack_straight(static_cast<const uint16_t*>(task.product->w) + task.column, row_elements, count, from, steps, job.dtype, b);
+      pack_straight(static_cast<const uint16_t*>(task.product->w) + task.column, row_elements, count, job.first + from, steps, job.dtype, b);
     Source source;
     if (from + job.block < job.steps)
       source = source_of(job, task, from + job.block);
@@ -276,21 +284,27 @@ bool products_serve(Float dtype) {
 
 void products(const void* a, Float a_dtype, int64_t rows, int64_t depth, const Product* jobs, int64_t count, Float dtype, bool turned, bool add) {
   if (!rows) return;
-  const int64_t steps = dtype == Float::f32 ? depth : depth / 2, threads = std::max<int64_t>(1, at::get_num_threads());
-  uint32_t* packed = kept<uint32_t>(tiles(rows) * steps * tile_rows, 0);
-  at::parallel_for(0, tiles(rows), 4, [&](int64_t begin, int64_t end) {
-    uint32_t* row = kept<uint32_t>(steps, 1);
-    for (int64_t t = begin; t < end; ++t) pack_tile(a, a_dtype, rows, depth, t * tile_rows, dtype, packed + t * steps * tile_rows, row);
-  });
-  const Job job{reinterpret_cast<const char*>(packed), rows, depth, steps, block_of(steps), dtype, turned, add};
+  const int64_t all_steps = dtype == Float::f32 ? depth : depth / 2, threads = std::max<int64_t>(1, at::get_num_threads());
+  const bool wide = std::all_of(jobs, jobs + count, [](const Product& job) { return job.out_dtype == Float::f32; });
+  const int64_t segment = wide ? most_segment : all_steps;
   const auto shares = share(jobs, count, rows, threads);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    uint32_t* b = kept<uint32_t>(job.block * panel, 1);
-    float* c = kept<float>(tiles(rows) * tile_rows * panel, 0);
-    for (int64_t thread = begin; thread < end; ++thread)
-      for (size_t i = 0; i < shares[thread].size(); ++i)
-        run(job, shares[thread][i], i + 1 < shares[thread].size() ? &shares[thread][i + 1] : nullptr, b, c);
-  });
+  for (int64_t first = 0; first < all_steps; first += segment) {
+    const int64_t steps = std::min(segment, all_steps - first);
+    uint32_t* packed = kept<uint32_t>(tiles(rows) * steps * tile_rows, 0);
+    at::parallel_for(0, tiles(rows), 2, [&](int64_t begin, int64_t end) {
+      uint32_t* row = kept<uint32_t>(steps, 1);
+      for (int64_t t = begin; t < end; ++t)
+        pack_tile(a, a_dtype, rows, depth, t * tile_rows, first, steps, dtype, packed + t * steps * tile_rows, row);
+    });
+    const Job job{reinterpret_cast<const char*>(packed), rows, steps, block_of(steps), first, all_steps, dtype, turned, add || first};
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      uint32_t* b = kept<uint32_t>(job.block * panel, 1);
+      float* c = kept<float>(tiles(rows) * tile_rows * panel, 0);
+      for (int64_t thread = begin; thread < end; ++thread)
+        for (size_t i = 0; i < shares[thread].size(); ++i)
+          run(job, shares[thread][i], i + 1 < shares[thread].size() ? &shares[thread][i + 1] : nullptr, b, c);
+    });
+  }
 }
 
 }  // namespace rose::cpu

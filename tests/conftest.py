@@ -51,6 +51,11 @@ def make_model(tokenizer):
         shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
         config = AutoConfig.for_model(kind, **{**shape, **heads, **extra})
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # norms and biases are made as ones and zeros, which would hide their absence
+                    parameter += 0.1 * torch.randn_like(parameter)
+        return model
 
     return make

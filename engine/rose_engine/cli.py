@@ -1,4 +1,4 @@
-"""The command line: `rose edit`, `rose demo`, `rose env`.
+"""The command line: `rose edit`, `rose stream` and the ledger's commands, `rose demo`, `rose env`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 failed, 2 bad input.
 """
@@ -11,8 +11,9 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -115,6 +116,79 @@ def _plain(text: str):
     return Text(text)
 
 
+LedgerArgument = Annotated[Path, typer.Argument(help="Directory of the ledger.")]
+
+
+@app.command()
+def stream(
+    ledger: Annotated[Path, typer.Option("--ledger", "-l", help="Directory of the ledger; it is made where there is none.")],
+    edits: Annotated[str, typer.Option("--edits", "-e", help="JSONL file of edits; - reads standard input.")] = "-",
+    model: ModelOption = "smollm2",
+    rejects: Annotated[Path | None, typer.Option(help="JSONL file for lines that cannot be used. Default: LEDGER/rejects.jsonl.")] = None,
+    strict: Annotated[bool, typer.Option(help="Stop at the first line that cannot be used.")] = False,
+    require_success: Annotated[bool, typer.Option(help="Take back, alone, each fact that the model does not say afterwards.")] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Apply edits batch by batch and commit each batch; started again, it goes on after the last commit."""
+    from rose_engine.edits import EditError
+    from rose_engine.stream import stream as run
+
+    editor = load_editor(model, dtype, device)
+    began, done = time.perf_counter(), 0
+    with ExitStack() as stack:
+        if edits == "-":
+            lines = sys.stdin
+        else:
+            try:
+                lines = stack.enter_context(open(edits, encoding="utf-8-sig", errors="surrogateescape"))
+            except OSError as e:
+                raise EditError(f"cannot be read: {e.strerror or e}", edits) from e
+        where = rejects or ledger / "rejects.jsonl"
+        name = "<stdin>" if edits == "-" else edits
+        progress = stack.enter_context(progress_on_terminal("optimising"))
+        steps = run(editor, ledger, lines, name, rejects=where, strict=strict, require_success=require_success, progress=progress)
+        for step in steps:
+            done += step.commit.edits
+            rate = done / (time.perf_counter() - began)
+            failed = f", not said: {len(step.failed)}" if step.failed else ""
+            print(
+                f"commit {step.commit.number}: {step.commit.edits} edits, {step.lines} lines read, {rate:.2f} edits/s{failed}", flush=True
+            )
+
+
+@app.command()
+def log(ledger: LedgerArgument) -> None:
+    """List the commits of a ledger; those that are in the weights are marked."""
+    from rose_engine import ledger as book
+
+    commits, active = book.log(ledger), set(book.active(ledger))
+    for commit in commits:
+        mark = "*" if commit.number in active else " "
+        what = f"{commit.edits} edits" if commit.kind == "apply" else f"takes back commit {commit.reverts}"
+        print(f"{mark} {commit.number:6d}  {commit.created}  {what}")
+
+
+@app.command()
+def revert(ledger: LedgerArgument, number: Annotated[int, typer.Argument(help="The commit to take back.")]) -> None:
+    """Take one commit back, whichever it is. The weights of `rose stream` and `Editor.restore` are then without it."""
+    from rose_engine import ledger as book
+
+    if not ledger.is_dir():
+        raise FileNotFoundError(f"{ledger}: there is no such ledger")
+    with book.writing(ledger) as writer:
+        commit = writer.revert(number)
+    print(f"commit {commit.number} takes back commit {number}")
+
+
+@app.command()
+def verify(ledger: LedgerArgument) -> None:
+    """Check the chain of commits and every delta's file."""
+    from rose_engine import ledger as book
+
+    print(f"{len(book.verify(ledger))} commits, all whole")
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for delta.safetensors and report.json.")] = Path("demo-out"),
@@ -171,6 +245,7 @@ def main() -> None:
     from rose_engine.delta import DeltaError
     from rose_engine.edits import EditError
     from rose_engine.embedded import MissingModelError
+    from rose_engine.ledger import LedgerError
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -178,7 +253,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, _interrupted)
     try:
         app()
-    except (EditError, DeltaError, UnsupportedModelError, MissingModelError, FileNotFoundError) as e:
+    except (EditError, DeltaError, LedgerError, UnsupportedModelError, MissingModelError, FileNotFoundError) as e:
         errors.print(f"error: {e}", style="red", markup=False)
         sys.exit(2)
     except (OSError, ValueError, ArithmeticError, RuntimeError) as e:

@@ -152,6 +152,9 @@ class Editor:
         """Write a delta, as made by `apply`, into the model: the same bits. DeltaError where it belongs to another base, or was made
         on top of other edits than those that are in the weights."""
         layers = self._check_base(delta)
+        parents = delta.metadata["parents"]
+        if parents != [other.id for other in self._applied]:
+            raise DeltaError(f"the delta was made on top of {len(parents)} other edits; load those first, in their order, and no others")
         with all_or_nothing(self.weights(layers).values()):
             self._add(delta)
         self._applied.append(delta)
@@ -165,14 +168,25 @@ class Editor:
         place = next((i for i, applied in enumerate(self._applied) if applied is delta), None)
         if place is None:
             raise ValueError("this edit is not in the weights; `editor.applied` lists those that are")
-        rest = self._applied[:place] + self._applied[place + 1 :]
+        self._rewrite(self._applied[:place] + self._applied[place + 1 :])
+
+    def restore(self, deltas: Sequence[Delta]) -> None:
+        """Make the weights the base with these deltas, written in their order: the bits that they had when the deltas were made so.
+
+        DeltaError where one belongs to another base; the weights are then as before.
+        """
+        for delta in deltas:
+            self._check_base(delta)
+        self._rewrite(list(deltas))
+
+    def _rewrite(self, deltas: list[Delta]) -> None:
         weights = self.weights()
         with all_or_nothing(weights[name] for name in self._base):
             for name, base in self._base.items():
                 weights[name].copy_(base)
-            for other in rest:
-                self._add(other)
-        self._applied = rest
+            for delta in deltas:
+                self._add(delta)
+        self._applied = deltas
 
     def verify(self, edits: Sequence[Edit]) -> list[dict[str, Any]]:
         """Read edits in the model as it is now: for each, probability and success with its prompt and instructed."""
@@ -227,9 +241,6 @@ class Editor:
                 ours = self._base_record[record["name"]]
                 what = next(k for k in ("shape", "dtype", "sha256") if ours[k] != record[k])
                 raise DeltaError(f"the delta belongs to another base: {what} of `{record['name']}` is {ours[what]}, not {record[what]}")
-        parents = delta.metadata["parents"]
-        if parents != [other.id for other in self._applied]:
-            raise DeltaError(f"the delta was made on top of {len(parents)} other edits; load those first, in their order, and no others")
         return layers
 
 

@@ -129,15 +129,18 @@ def read_edits(path: str | Path, format: str | None = None) -> list[Edit]:
 def parse_edits(stream: TextIO, format: str, name: str) -> Iterator[Edit]:
     """Yield the edits of an open text stream; `name` stands in the messages. Blank lines of JSONL and CSV are passed over."""
     if format == "jsonl":
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                source = f"{name}:{number}"
-                yield edit_from_dict(_json(line, source, number), source)
+        yield from (edit for number, line in enumerate(stream, 1) if (edit := parse_line(line, number, name)) is not None)
     elif format == "json":
         for line, text in _json_items(stream.read(), name):
             yield edit_from_dict(_json(text, f"{name}:{line}", line), f"{name}:{line}")
     else:
         yield from _parse_csv(stream, name)
+
+
+def parse_line(line: str, number: int, name: str) -> Edit | None:
+    """The edit of one line of JSONL, or None where the line is blank; `name` and its number stand in the messages."""
+    source = f"{name}:{number}"
+    return edit_from_dict(_json(line, source, number), source) if line.strip() else None
 
 
 def _json_items(text: str, name: str) -> Iterator[tuple[int, str]]:

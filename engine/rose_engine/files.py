@@ -12,6 +12,8 @@ from pathlib import Path
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it is flushed to disk and takes the name, on any exception it is removed.
 
+    The name is on disk too when the block ends, so that files that are written one after the other survive in that order.
+
     The target's directory is made if it is missing. OSError as the file system gives it.
     """
     path = Path(path)
@@ -22,6 +24,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        _flush_directory(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _flush_directory(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

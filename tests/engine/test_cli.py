@@ -101,3 +101,23 @@ def test_interrupt_leaves_nothing_behind(tiny_folder, tmp_path):
     rest = process.communicate(timeout=120)[1]
     assert process.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_a_stream_is_logged_reverted_and_verified(tiny_folder, tmp_path):
+    text = "".join(json.dumps({"subject": f"Person {i}", "prompt": "{} likes", "target": "tea"}) + "\n" for i in range(2)) + "\xe9{\n"
+    (tmp_path / "edits.jsonl").write_bytes(text.encode("latin-1"))
+    arguments = ("stream", "--model", tiny_folder, "--edits", tmp_path / "edits.jsonl", "--ledger", tmp_path / "ledger")
+    done = rose(*arguments)
+    assert done.returncode == 0 and "commit 1: 2 edits, 3 lines read" in done.stdout, done.stderr
+    (reject,) = (tmp_path / "ledger" / "rejects.jsonl").read_text().splitlines()
+    assert json.loads(reject)["line"] == 3
+    assert rose(*arguments).stdout == ""  # nothing twice
+    assert rose("revert", tmp_path / "ledger", "1").returncode == 0
+    again = rose("revert", tmp_path / "ledger", "1")
+    assert again.returncode == 2 and "commit 1 is not in the weights" in again.stderr
+    logged = rose("log", tmp_path / "ledger").stdout.splitlines()
+    assert [line.split()[0] for line in logged] == ["1", "2"] and "takes back commit 1" in logged[1]
+    assert rose("verify", tmp_path / "ledger").stdout == "2 commits, all whole\n"
+    (tmp_path / "ledger" / "000001.json").unlink()
+    broken = rose("verify", tmp_path / "ledger")
+    assert broken.returncode == 2 and "000001.json: is missing" in broken.stderr

@@ -16,7 +16,9 @@ def error(ours, true) -> float:
 
 
 @dtypes
-@pytest.mark.parametrize("rows, columns, depth", [(1, 16, 16), (5, 1120, 48), (261, 576, 1536), (100, 80, 3088), (3, 1600, 400)])
+@pytest.mark.parametrize(
+    "rows, columns, depth", [(1, 16, 16), (5, 1120, 48), (261, 576, 1536), (100, 80, 3088), (3, 1600, 400), (14, 48, 12_560)]
+)
 def test_products(dtype, rows, columns, depth):
     """Turned and straight, written and added, float32 and narrow inputs and outputs; widths that fill panels and blocks, or do not."""
     a = torch.randn(rows, depth)

@@ -1,0 +1,220 @@
+"""Ledger: the edits of one model as a directory of commits that only grows, and survives being killed at any moment.
+
+    000001.json          a commit: its number, what it did (apply a delta, or revert an earlier commit), the SHA-256 of its delta's file and
+                         of the commit before it, and what a stream wants to find again
+    000001.safetensors   its delta, as `Delta.save` writes it; a revert has none
+    HEAD                 number and SHA-256 of the last commit, so that a lost tail is noticed
+    LOCK                 held by the one writer, whom it names; the system gives it back when that process ends, however it ends
+
+A commit is there from the moment its JSON takes its name; the delta is on disk by then, and HEAD follows. A process that is killed in
+between leaves a delta that no commit names, which the next commit replaces, or a HEAD that is one commit behind. Readers take no lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from rose_engine.delta import Delta
+from rose_engine.files import replacing
+
+FORMAT = 1
+HEAD, LOCK = "HEAD", "LOCK"
+
+
+class LedgerError(ValueError):
+    """A ledger that cannot be used as it stands, or is in use; the message names the commit or the holder."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One entry. number: from 1. parent, delta: SHA-256 of the commit file before it (None for the first) and of the delta's file (None for
+    a revert). reverts: the commit that this one takes back. edits: how many. note: JSON values of whoever made it."""
+
+    number: int
+    kind: Literal["apply", "revert"]
+    parent: str | None
+    delta: str | None
+    reverts: int | None
+    edits: int
+    created: str
+    note: Mapping[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def commit_file(path: Path, number: int) -> Path:
+    """Where a commit stands."""
+    return path / f"{number:06d}.json"
+
+
+def delta_file(path: Path, number: int) -> Path:
+    """Where a commit's delta stands."""
+    return path / f"{number:06d}.safetensors"
+
+
+def _regular(path: Path) -> bytes:
+    """The bytes of a file of the ledger; LedgerError where it is missing or not a plain file, such as a link out of the directory."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except FileNotFoundError as e:
+        raise LedgerError(f"{path}: is missing") from e
+    except OSError as e:
+        raise LedgerError(f"{path}: cannot be read as a plain file: {e.strerror}") from e
+    with open(descriptor, "rb") as f:
+        return f.read()
+
+
+def _read(path: Path, number: int) -> tuple[Commit, str]:
+    """A commit and the SHA-256 of its file."""
+    file = commit_file(path, number)
+    data = _regular(file)
+    try:
+        commit = Commit(**json.loads(data))
+    except (TypeError, ValueError, RecursionError) as e:
+        raise LedgerError(f"{file}: is not a commit: {e}") from e
+    whole = commit.kind in ("apply", "revert") and isinstance(commit.note, dict) and commit.format == FORMAT
+    if not whole or commit.number != number or (commit.delta is None) != (commit.kind == "revert"):
+        raise LedgerError(f"{file}: is not commit {number} of ledger format {FORMAT}")
+    return commit, hashlib.sha256(data).hexdigest()
+
+
+def log(path: str | Path) -> list[Commit]:
+    """Every commit, the first one first; none of an empty or missing directory.
+
+    The chain is checked: LedgerError where a commit is missing, does not follow from the one before it, or HEAD names another.
+    """
+    path = Path(path)
+    commits: list[Commit] = []
+    before: str | None = None
+    head = _head(path)
+    while commit_file(path, len(commits) + 1).exists() or commit_file(path, len(commits) + 1).is_symlink():
+        commit, digest = _read(path, len(commits) + 1)
+        if commit.parent != before:
+            raise LedgerError(f"{commit_file(path, commit.number)}: does not follow commit {len(commits)}; one of the two was exchanged")
+        if commit.kind == "revert" and commit.reverts not in _active(commits):
+            raise LedgerError(f"{commit_file(path, commit.number)}: takes back commit {commit.reverts}, which is not in the weights")
+        commits.append(commit)
+        before = digest
+        if head and head[0] == commit.number and head[1] != digest:
+            raise LedgerError(f"{commit_file(path, commit.number)}: is not the commit that {HEAD} names")
+    last = head[0] if head else 0
+    if last > len(commits):
+        raise LedgerError(f"{commit_file(path, len(commits) + 1)}: is missing; {HEAD} is at commit {last}")
+    if last < len(commits) - 1:
+        raise LedgerError(f"{path / HEAD}: is at commit {last}, but there are {len(commits)} commits")
+    return commits
+
+
+def _head(path: Path) -> tuple[int, str] | None:
+    if not (path / HEAD).exists():
+        return None
+    number, _, digest = _regular(path / HEAD).decode("ascii", "replace").strip().partition(" ")
+    if not number.isdecimal() or len(digest) != 64:
+        raise LedgerError(f"{path / HEAD}: does not name a commit")
+    return int(number), digest
+
+
+def _active(commits: list[Commit]) -> list[int]:
+    numbers: list[int] = []
+    for commit in commits:
+        if commit.kind == "apply":
+            numbers.append(commit.number)
+        elif commit.reverts in numbers:
+            numbers.remove(commit.reverts)
+    return numbers
+
+
+def active(path: str | Path, at: int | None = None) -> list[int]:
+    """The numbers of the commits whose deltas are in the weights, in order: after the last commit, or after commit `at` (0: none)."""
+    commits = log(path)
+    if at is not None and not 0 <= at <= len(commits):
+        raise LedgerError(f"{path}: has no commit {at}; the last is {len(commits)}")
+    return _active(commits if at is None else commits[:at])
+
+
+def delta_of(path: str | Path, commit: Commit) -> Delta:
+    """A commit's delta. LedgerError where its file is not the one that was committed, DeltaError where it is not a delta."""
+    file = delta_file(Path(path), commit.number)
+    if commit.delta is None:
+        raise LedgerError(f"commit {commit.number} takes back commit {commit.reverts} and has no delta of its own")
+    if hashlib.sha256(_regular(file)).hexdigest() != commit.delta:
+        raise LedgerError(f"{file}: is not the file that was committed")
+    return Delta.load(file)
+
+
+def deltas(path: str | Path, at: int | None = None) -> list[Delta]:
+    """The deltas that make up the weights, in order, after the last commit or after commit `at`."""
+    commits = {commit.number: commit for commit in log(path)}
+    return [delta_of(path, commits[number]) for number in active(path, at)]
+
+
+def verify(path: str | Path) -> list[Commit]:
+    """Check the chain and every delta's file; returns the commits. LedgerError or DeltaError names the first that is wrong."""
+    commits = log(path)
+    for commit in commits:
+        if commit.delta is not None:
+            delta_of(path, commit)
+    return commits
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[Writer]:
+    """Hold the ledger for writing, making its directory if need be. LedgerError, at once, where another process holds it."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / LOCK, "a+") as lock:
+        _hold(lock, path)
+        yield Writer(path)
+
+
+def _hold(lock: Any, path: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        lock.seek(0)
+        raise LedgerError(f"{path}: is being written by {lock.read().strip() or 'another process'}; wait for it, or end it") from e
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} since {datetime.now(UTC).isoformat(timespec='seconds')}")
+    lock.flush()
+
+
+class Writer:
+    """Appends commits to a ledger that `writing` holds."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._commits = log(path)
+
+    def apply(self, delta: Delta, note: Mapping[str, Any] | None = None) -> Commit:
+        """Commit a delta. On any error the ledger is as before."""
+        file = delta_file(self.path, len(self._commits) + 1)
+        delta.save(file)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        return self._append("apply", digest, None, len(delta.metadata.get("edits", ())), note)
+
+    def revert(self, number: int, note: Mapping[str, Any] | None = None) -> Commit:
+        """Commit that an earlier commit is taken back. LedgerError where it is not in the weights."""
+        if number not in _active(self._commits):
+            raise LedgerError(f"{self.path}: commit {number} is not in the weights; those that are: {_active(self._commits)}")
+        return self._append("revert", None, number, self._commits[number - 1].edits, note)
+
+    def _append(self, kind, delta: str | None, reverts: int | None, edits: int, note: Mapping[str, Any] | None) -> Commit:
+        number = len(self._commits) + 1
+        parent = _read(self.path, number - 1)[1] if number > 1 else None
+        commit = Commit(number, kind, parent, delta, reverts, edits, datetime.now(UTC).isoformat(timespec="seconds"), dict(note or {}))
+        text = json.dumps(asdict(commit), ensure_ascii=False, indent=1) + "\n"
+        with replacing(commit_file(self.path, number)) as temporary:
+            temporary.write_text(text, "utf-8")
+        self._commits.append(commit)
+        with replacing(self.path / HEAD) as temporary:
+            temporary.write_text(f"{number} {hashlib.sha256(text.encode()).hexdigest()}\n", "ascii")
+        return commit

@@ -1,0 +1,173 @@
+"""Streaming: edits of any number, applied batch by batch, each batch committed to a ledger before the next one is read.
+
+A batch is taken from the stream in its order, up to a number of suffix tokens; a fact that contradicts one of the batch begins the next. A
+commit notes how many lines were consumed, so that a process that was killed goes on after its last commit: nothing is lost, and
+nothing applied twice. A line that cannot be used goes to the rejects file with the reason, and the stream goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rose_engine import ledger
+from rose_engine.editor import Editor, Result
+from rose_engine.edits import Edit, EditError, check_consistent, group_by_subject, parse_line
+from rose_engine.optimize import Progress, subject_rows
+from rose_engine.recipe import Recipe
+from rose_engine.verify import FactReport
+
+# Suffix tokens of the subjects that one batch takes: about four subjects with four facts.
+STREAM_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Step:
+    """A committed batch. lines: consumed of the stream in all. failed: facts that the model does not say with the edit's own prompt."""
+
+    commit: ledger.Commit
+    result: Result
+    lines: int
+    failed: tuple[FactReport, ...]
+
+
+class Rejects:
+    """The lines that could not be used, as JSONL with `line` (its number), `reason` and `text`; kept to what commits have noted."""
+
+    def __init__(self, path: Path | None, size: int):
+        self._file = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab")  # noqa: SIM115 - closed by `close`
+            self._file.truncate(min(size, os.fstat(self._file.fileno()).st_size))
+
+    def add(self, number: int, text: str, reason: str) -> None:
+        """Note a line."""
+        if self._file is not None:
+            record = {"line": number, "reason": reason, "text": text.rstrip("\n")}
+            self._file.write(json.dumps(record, ensure_ascii=True).encode() + b"\n")
+
+    def flush(self) -> int:
+        """Bring the file to disk; returns its size."""
+        if self._file is None:
+            return 0
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+@dataclass(frozen=True)
+class _Line:
+    number: int
+    text: str
+    edit: Edit
+
+
+def stream(
+    editor: Editor,
+    path: str | Path,
+    lines: Iterable[str],
+    name: str = "<stream>",
+    *,
+    recipe: Recipe | None = None,
+    rejects: str | Path | None = None,
+    strict: bool = False,
+    require_success: bool = False,
+    batch_tokens: int = STREAM_TOKENS,
+    progress: Progress | None = None,
+) -> Iterator[Step]:
+    """Apply the edits of JSONL lines and commit them to the ledger in directory `path`, yielding after every commit.
+
+    The editor's weights are first brought to the ledger's state, and the lines of the stream `name` that its commits note as
+    consumed are passed over. strict: raise EditError at the first line that cannot be used, after what came before it was committed.
+    require_success: take back, alone, each fact that the model does not say afterwards with the edit's own prompt. LedgerError
+    where another process writes the ledger or it is damaged. Whatever is raised, weights and ledger are as after the last commit.
+    """
+    recipe = recipe or editor.recipe
+    with ledger.writing(path) as writer:
+        editor.restore(ledger.deltas(path))
+        notes = [commit.note for commit in ledger.log(path) if commit.note.get("stream") == name]
+        consumed, size = (notes[-1]["lines"], notes[-1]["rejects"]) if notes else (0, 0)
+        refused = Rejects(Path(rejects) if rejects else None, size)
+        try:
+            batches = _batches(editor, lines, name, consumed, recipe, refused, strict, batch_tokens)
+            for batch, consumed in batches:
+                result, failed = _apply(editor, batch, recipe, require_success, refused, progress)
+                if result is None:
+                    continue
+                try:
+                    commit = writer.apply(result.delta, {"stream": name, "lines": consumed, "rejects": refused.flush()})
+                except BaseException:
+                    editor.revert(result)
+                    raise
+                yield Step(commit, result, consumed, failed)
+            refused.flush()
+        finally:
+            refused.close()
+
+
+def _batches(editor, lines, name, consumed, recipe, refused, strict, budget) -> Iterator[tuple[list[_Line], int]]:
+    """Batches of usable lines, each with the number of lines consumed when it ends."""
+    batch: list[_Line] = []
+    tokens, number = 0, 0
+    for number, text in enumerate(lines, 1):
+        if number <= consumed:
+            continue
+        try:
+            edit = parse_line(text, number, name)
+            if edit is None:
+                continue
+            (subject,) = group_by_subject([edit])
+            cost = subject_rows(editor.decoder, editor.tokenizer, subject, recipe).suffix_tokens
+        except EditError as e:
+            if strict:
+                if batch:
+                    yield batch, number - 1
+                raise
+            refused.add(number, text, str(e))
+            continue
+        if batch and (tokens + cost > budget or _contradicts(batch, edit)):
+            yield batch, number - 1
+            batch, tokens = [], 0
+        batch.append(_Line(number, text, edit))
+        tokens += cost
+    if batch:
+        yield batch, number
+
+
+def _contradicts(batch: list[_Line], edit: Edit) -> bool:
+    try:
+        check_consistent([*(line.edit for line in batch), edit])
+    except EditError:
+        return True
+    return False
+
+
+def _apply(
+    editor: Editor, batch: list[_Line], recipe: Recipe, require_success: bool, refused: Rejects, progress: Progress | None
+) -> tuple[Result | None, tuple[FactReport, ...]]:
+    """Apply a batch; with require_success again without the facts that failed. None where nothing of it is left."""
+    while batch:
+        try:
+            result = editor.apply([line.edit for line in batch], recipe=recipe, progress=progress)
+        except (FloatingPointError, ValueError) as e:
+            for line in batch:
+                refused.add(line.number, line.text, f"could not be applied: {e}")
+            break
+        wrong = [(line, fact) for line, fact in zip(batch, result.report.facts, strict=True) if fact.prompt_after.success < 1]
+        failed = tuple(fact for _, fact in wrong)
+        if not (wrong and require_success):
+            return result, failed
+        editor.revert(result)
+        for line, fact in wrong:
+            refused.add(line.number, line.text, f"the model says {fact.prompt_after.says!r} after the edit; taken back")
+        batch = [line for line in batch if all(line is not other for other, _ in wrong)]
+    return None, ()

@@ -1,0 +1,115 @@
+"""Which layers are written out, which the library runs, and that both give the same step; and which dtype `auto` takes."""
+
+import pytest
+import torch
+from rose_engine import block, dtype
+from rose_engine.architecture import decoder_of
+from rose_engine.edits import group_by_subject
+from rose_engine.forward import blocks_of, pack, prepare, suffix_step
+from rose_engine.optimize import subject_rows
+from rose_engine.recipe import ROSE
+from torch import nn
+
+from rose_kernels import native
+from tests.conftest import LIN
+
+needs_csrc = pytest.mark.skipif("cpu" not in native.served(), reason="csrc is not built here: no C++ compiler")
+
+
+def layers_of(model):
+    return blocks_of(decoder_of(model), range(len(model.model.layers)))
+
+
+@needs_csrc
+def test_plain_layers_are_written_out(make_model, monkeypatch):
+    model = make_model(head_dim=32)
+    assert len(layers_of(model)) == len(model.model.layers)
+    assert layers_of(model.bfloat16()) is not None
+    monkeypatch.setenv("ROSE_BACKEND", "reference")
+    assert layers_of(model) is None
+
+
+class Adapter(nn.Linear):
+    """What an adapter library puts in a projection's place."""
+
+
+def hooked(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda *args: None)
+
+
+def hooked_norm(model):
+    model.model.norm.register_forward_pre_hook(lambda *args: None)
+
+
+def adapted(model):
+    model.model.layers[2].mlp.up_proj = Adapter(32, 64, bias=False)
+
+
+def halved(model):
+    model.half()
+
+
+def mixed(model):
+    model.model.layers[0].mlp.bfloat16()
+
+
+def of_another_class(model):
+    model.model.layers[3].__class__ = type("LlamaDecoderLayer", (type(model.model.layers[3]),), {"__module__": "mine"})
+
+
+@needs_csrc
+@pytest.mark.parametrize("change", [hooked, hooked_norm, adapted, halved, mixed, of_another_class])
+def test_anything_else_is_the_librarys(make_model, change):
+    model = make_model(head_dim=32)
+    change(model)
+    assert layers_of(model) is None
+
+
+@pytest.mark.parametrize("extra", [{"head_dim": 8}, {"head_dim": 32, "hidden_act": "gelu"}, {"head_dim": 32, "intermediate_size": 72}])
+def test_shapes_and_activations_that_are_not_written_out(make_model, extra):
+    assert layers_of(make_model(**extra)) is None
+
+
+@needs_csrc
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_bfloat16_steps_agree_with_the_librarys(make_model, tokenizer, kind, monkeypatch):
+    """Against float64: the written-out step, whose residual stream is float32, is no further off than the library's."""
+    models = {name: make_model(kind, head_dim=32, seed=5, initializer_range=0.2) for name in ("exact", "library", "written")}
+    models["library"].bfloat16()
+    models["written"].bfloat16()
+    models["exact"].load_state_dict(models["library"].state_dict())
+    models["exact"].double()
+    (subject,) = group_by_subject(LIN)
+    delta = torch.randn(1, 32)
+    loss = {}
+    for name, model in models.items():
+        monkeypatch.setenv("ROSE_BACKEND", "reference") if name != "written" else monkeypatch.delenv("ROSE_BACKEND")
+        decoder = decoder_of(model.requires_grad_(False))
+        plan = subject_rows(decoder, tokenizer, subject, ROSE)
+        prepared = prepare(decoder, [*plan.facts, plan.neutral], 2)
+        assert (prepared.blocks is not None) == (name == "written")
+        batch = pack(prepared, range(len(plan.facts) + 1))
+        step = suffix_step(batch, delta.double() if name == "exact" else delta, torch.zeros(len(batch.suffixes.row), dtype=torch.long))
+        loss[name] = torch.cat([step.nll.double(), step.grad.double().flatten()])
+    off = {name: float((loss[name] - loss["exact"]).norm() / loss["exact"].norm()) for name in ("library", "written")}
+    assert off["written"] <= 1.2 * off["library"] < 0.1
+
+
+def test_buffers_are_shared_and_grow():
+    space = block.Workspace(torch.float32)
+    first = space.take(0, "x", 4, 8)
+    assert space.take(0, "x", 3, 8).data_ptr() == first.data_ptr() and space.take(1, "x", 4, 8).data_ptr() != first.data_ptr()
+    assert space.take(0, "x", 9, 8).shape == (9, 8) and space.take(0, "m", 2, 8, torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("speed, wanted", [(1.0, torch.float32), (2.0, torch.bfloat16)])
+def test_auto_takes_the_faster_dtype(monkeypatch, speed, wanted):
+    monkeypatch.setattr(dtype, "_product_seconds", lambda kind: 1.0 if kind == torch.float32 else 1 / speed)
+    assert dtype.dtype_of("auto", "cpu") == wanted
+    assert dtype.dtype_of("float16", "cpu") == torch.float16 and dtype.dtype_of(None, "cpu") is None
+    with pytest.raises(ValueError, match="float32, bfloat16, float16 or auto"):
+        dtype.dtype_of("int8", "cpu")
+
+
+def test_auto_measures_here():
+    assert dtype.faster_dtype(torch.device("cpu")) in (torch.float32, torch.bfloat16)

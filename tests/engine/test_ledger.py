@@ -1,0 +1,218 @@
+"""The ledger: a chain of commits that only grows, undo in any order, and a clear error for every way in which it can be broken."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from rose_engine import ROSE, Delta, Edit, Editor, ledger
+from rose_engine.delta import DeltaError
+from rose_engine.ledger import LedgerError, writing
+
+RECIPE = replace(ROSE, steps=2, lr=0.05, layers=(1, 2))
+NAMES = ("Ada", "Omar", "Kofi", "Lin Nu", "Imo State", "Tomas Vega")
+
+
+@pytest.fixture
+def editor(make_model, tokenizer):
+    return Editor(make_model(initializer_range=0.2), tokenizer)
+
+
+def bits(editor):
+    return {name: weight.clone() for name, weight in editor.weights().items()}
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def fill(editor, path, count):
+    """Commits as many edits; returns the weights after each number of them."""
+    states = [bits(editor)]
+    with writing(path) as writer:
+        for i in range(count):
+            name = f"{NAMES[i % len(NAMES)]} {i}"
+            writer.apply(editor.apply([Edit(name, "{} likes", "tea")], recipe=RECIPE, verify=False).delta, {"i": i})
+            states.append(bits(editor))
+    return states
+
+
+def test_replaying_gives_the_same_bits(editor, tmp_path):
+    states = fill(editor, tmp_path / "l", 4)
+    commits = ledger.verify(tmp_path / "l")
+    assert [c.number for c in commits] == [1, 2, 3, 4] and [c.note["i"] for c in commits] == [0, 1, 2, 3]
+    for at in (0, 2, 4, 1, None):
+        editor.restore(ledger.deltas(tmp_path / "l", at))
+        assert same(bits(editor), states[4 if at is None else at])
+
+
+def test_revert_in_any_order_ends_at_the_base(editor, tmp_path):
+    states = fill(editor, tmp_path / "l", 20)
+    order = random.Random(7).sample(range(1, 21), 20)
+    for i, number in enumerate(order):
+        with writing(tmp_path / "l") as writer:  # opened anew each time, as after a restart
+            writer.revert(number)
+        if i in (0, 9, 19):
+            assert ledger.active(tmp_path / "l") == sorted(set(range(1, 21)) - set(order[: i + 1]))
+            editor.restore(ledger.deltas(tmp_path / "l"))
+    assert same(bits(editor), states[0])
+    assert len(ledger.log(tmp_path / "l")) == 40
+    with writing(tmp_path / "l") as writer, pytest.raises(LedgerError, match="is not in the weights"):
+        writer.revert(3)
+    editor.restore(ledger.deltas(tmp_path / "l", 20))
+    assert same(bits(editor), states[20])
+
+
+def test_restore_refuses_another_base(editor, tmp_path, make_model, tokenizer):
+    fill(editor, tmp_path / "l", 1)
+    other = Editor(make_model(seed=9), tokenizer)
+    before = bits(other)
+    with pytest.raises(DeltaError, match="another base"):
+        other.restore(ledger.deltas(tmp_path / "l"))
+    assert same(bits(other), before)
+
+
+HOLD = """
+import sys, time
+from rose_engine.ledger import writing
+with writing(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_writer_at_a_time_and_a_dead_one_holds_nothing(editor, tmp_path):
+    fill(editor, tmp_path / "l", 1)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "l")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(LedgerError, match=f"process {holder.pid} since"), writing(tmp_path / "l"):
+            pass
+        assert len(ledger.verify(tmp_path / "l")) == 1  # readers are not kept waiting
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    with writing(tmp_path / "l") as writer:
+        writer.revert(1)
+
+
+def drop(path):
+    ledger.commit_file(path, 2).unlink()
+
+
+def drop_last(path):
+    ledger.commit_file(path, 3).unlink()
+
+
+def exchange(path):
+    a, b = ledger.commit_file(path, 1), ledger.commit_file(path, 2)
+    one, two = json.loads(a.read_text()), json.loads(b.read_text())
+    a.write_text(json.dumps({**two, "number": 1}))
+    b.write_text(json.dumps({**one, "number": 2}))
+
+
+def flip(path):
+    file = ledger.delta_file(path, 2)
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+
+
+def truncate(path):
+    file = ledger.delta_file(path, 3)
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def swap_deltas(path):
+    shutil.copy(ledger.delta_file(path, 1), ledger.delta_file(path, 2))
+
+
+def lose_a_delta(path):
+    ledger.delta_file(path, 1).unlink()
+
+
+def garble(path):
+    ledger.commit_file(path, 2).write_text("{")
+
+
+def garble_head(path):
+    (path / "HEAD").write_text("three")
+
+
+def rewind_head(path):
+    (path / "HEAD").write_text("1 " + "0" * 64)
+
+
+def link_out(path):
+    outside = path.parent / "outside.json"
+    ledger.commit_file(path, 2).rename(outside)
+    ledger.commit_file(path, 2).symlink_to(outside)
+
+
+DAMAGES = (drop, drop_last, exchange, flip, truncate, swap_deltas, lose_a_delta, garble, garble_head, rewind_head, link_out)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(editor, tmp_path, damage):
+    path = tmp_path / "l"
+    fill(editor, path, 3)
+    before = bits(editor)
+    damage(path)
+    with pytest.raises((LedgerError, DeltaError), match=str(path)):
+        ledger.verify(path)
+    with pytest.raises((LedgerError, DeltaError)):
+        editor.restore(ledger.deltas(path))
+    assert same(bits(editor), before)
+
+
+def test_what_a_killed_commit_leaves_behind(editor, tmp_path):
+    """Killed before the commit took its name: a stray delta. Killed after it: HEAD one behind. Both are taken in stride."""
+    path = tmp_path / "l"
+    fill(editor, path, 2)
+    head = (path / "HEAD").read_bytes()
+    ledger.delta_file(path, 3).write_bytes(b"half a file")
+    assert len(ledger.verify(path)) == 2
+    with writing(path) as writer:
+        writer.revert(1)
+        writer.apply(editor.apply([Edit("Ingrid", "{} likes", "tea")], recipe=RECIPE, verify=False).delta)
+    (path / "HEAD").write_bytes(f"3 {'0' * 64}".encode())
+    with pytest.raises(LedgerError, match="HEAD names"):
+        ledger.log(path)
+    (path / "HEAD").write_bytes(head)
+    with pytest.raises(LedgerError, match="HEAD: is at commit 2"):  # two behind is no crash
+        ledger.log(path)
+    shutil.rmtree(path)
+    fill(editor, path, 1)
+    (path / "HEAD").unlink()
+    assert len(ledger.verify(path)) == 1
+
+
+def test_a_full_disk_leaves_the_ledger_as_it_was(editor, tmp_path, monkeypatch):
+    path = tmp_path / "l"
+    fill(editor, path, 1)
+    delta = editor.apply([Edit("Ingrid", "{} likes", "tea")], recipe=RECIPE, verify=False).delta
+    files = sorted(os.listdir(path))
+
+    def full(self, file):
+        raise OSError(28, "No space left on device")
+
+    with writing(path) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(Delta, "save", full)
+            with pytest.raises(OSError, match="No space"):
+                writer.apply(delta)
+        assert sorted(os.listdir(path)) == files and len(ledger.verify(path)) == 1
+        writer.apply(delta)
+    assert len(ledger.verify(path)) == 2
+
+
+def test_an_empty_ledger(tmp_path):
+    assert ledger.log(tmp_path / "none") == [] and ledger.deltas(tmp_path / "none") == []
+    with pytest.raises(LedgerError, match="has no commit 1"):
+        ledger.active(tmp_path / "none", 1)

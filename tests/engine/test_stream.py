@@ -1,0 +1,108 @@
+"""Streams of edits: batches, rejects, resumption; what is committed is what the weights hold."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rose_engine import ROSE, EditError, Editor, ledger
+from rose_engine.stream import stream
+
+RECIPE = replace(ROSE, steps=2, lr=0.05, layers=(1, 2))
+
+
+@pytest.fixture
+def editor(make_model, tokenizer):
+    return Editor(make_model(initializer_range=0.2), tokenizer)
+
+
+def line(subject, prompt="{} likes", target="tea", **more) -> str:
+    return json.dumps({"subject": subject, "prompt": prompt, "target": target, **more}) + "\n"
+
+
+LINES = [line(f"Person {i}", target=("tea", "milk", "water")[i % 3]) for i in range(12)]
+
+
+def run(editor, path, lines, **options):
+    return list(stream(editor, path, lines, recipe=RECIPE, batch_tokens=120, **options))
+
+
+def bits(editor):
+    return torch.cat([weight.flatten() for weight in editor.weights().values()])
+
+
+def test_a_stream_commits_every_edit_in_its_order(editor, tmp_path):
+    steps = run(editor, tmp_path / "l", LINES)
+    assert len(steps) > 2 and steps[-1].lines == 12
+    subjects = [e["subject"] for d in ledger.deltas(tmp_path / "l") for e in d.metadata["edits"]]
+    assert subjects == [f"Person {i}" for i in range(12)]
+    live = bits(editor)
+    editor.restore([])
+    assert not torch.equal(bits(editor), live)
+    editor.restore(ledger.deltas(tmp_path / "l"))
+    assert torch.equal(bits(editor), live)
+    assert run(editor, tmp_path / "l", LINES) == []  # nothing twice
+
+
+def test_a_stream_that_was_left_goes_on(make_model, tokenizer, tmp_path):
+    whole, parts = (Editor(make_model(initializer_range=0.2), tokenizer) for _ in range(2))
+    run(whole, tmp_path / "whole", LINES)
+    left = stream(parts, tmp_path / "parts", LINES, recipe=RECIPE, batch_tokens=120)
+    next(left)
+    left.close()
+    restarted = Editor(make_model(initializer_range=0.2), tokenizer)
+    run(restarted, tmp_path / "parts", iter(LINES))
+    assert torch.equal(bits(restarted), bits(whole))
+    assert [c.note["lines"] for c in ledger.verify(tmp_path / "parts")] == [c.note["lines"] for c in ledger.verify(tmp_path / "whole")]
+
+
+BAD = ["{", line("Ada", "likes"), line("Ada", target=""), line("Ada", question="Who?"), line("Ada<|im_end|>"), line("Ada", extra=1)]
+
+
+def test_bad_lines_are_rejected_with_a_reason(editor, tmp_path):
+    lines = [BAD[0], LINES[0], "\n", *BAD[1:], LINES[1]]
+    steps = run(editor, tmp_path / "l", lines, rejects=tmp_path / "rejects.jsonl")
+    assert steps[-1].lines == len(lines) and sum(s.commit.edits for s in steps) == 2
+    rejects = [json.loads(text) for text in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert [r["line"] for r in rejects] == [1, 4, 5, 6, 7, 8] and all(f"<stream>:{r['line']}" in r["reason"] for r in rejects)
+    assert [r["text"] for r in rejects] == [text.rstrip("\n") for text in BAD]
+    run(editor, tmp_path / "l", lines, rejects=tmp_path / "rejects.jsonl")  # again: nothing is said twice
+    assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 6
+
+
+def test_strict_stops_after_what_came_before(editor, tmp_path):
+    steps = stream(editor, tmp_path / "l", [LINES[0], BAD[0], LINES[1]], recipe=RECIPE, strict=True)
+    assert next(steps).lines == 1
+    with pytest.raises(EditError, match="<stream>:2"):
+        next(steps)
+    assert len(ledger.verify(tmp_path / "l")) == 1
+
+
+def test_a_contradiction_is_a_later_edit(editor, tmp_path):
+    steps = run(editor, tmp_path / "l", [line("Ada", target="tea"), line("Ada", target="milk")])
+    assert [step.lines for step in steps] == [1, 2]
+
+
+def test_facts_that_fail_are_taken_back_alone(editor, tmp_path, monkeypatch):
+    """Two steps teach a random model nothing: every fact fails, and the weights stay those of the base."""
+    base = bits(editor).clone()
+    steps = run(editor, tmp_path / "l", LINES[:3], require_success=True, rejects=tmp_path / "r.jsonl")
+    assert steps == [] and torch.equal(bits(editor), base)
+    reasons = [json.loads(text)["reason"] for text in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert len(reasons) == 3 and all("taken back" in reason for reason in reasons)
+
+
+def test_a_commit_that_fails_leaves_weights_and_ledger_as_they_were(editor, tmp_path, monkeypatch):
+    run(editor, tmp_path / "l", LINES[:2])
+    before = bits(editor).clone()
+
+    def full(self, delta, note):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.Writer, "apply", full)
+        with pytest.raises(OSError, match="No space"):
+            run(editor, tmp_path / "l", LINES)
+    assert torch.equal(bits(editor), before) and len(ledger.verify(tmp_path / "l")) == 1
+    run(editor, tmp_path / "l", LINES)
+    assert ledger.verify(tmp_path / "l")[-1].note["lines"] == 12
