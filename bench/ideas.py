@@ -56,11 +56,14 @@ def in_turns(*calls: Callable[[], Any], repeats: int) -> list[float]:
 @contextmanager
 def backend(name: str):
     """ROSE_BACKEND within the block."""
+    before = os.environ.get("ROSE_BACKEND")
     os.environ["ROSE_BACKEND"] = name
     try:
         yield
     finally:
-        del os.environ["ROSE_BACKEND"]
+        os.environ.pop("ROSE_BACKEND")
+        if before is not None:
+            os.environ["ROSE_BACKEND"] = before
 
 
 @contextmanager
@@ -120,14 +123,14 @@ def savings(model: str, facts: int, repeats: int) -> list[Saving]:
     against(
         "prefixes shared", lambda: [prepare(editor.decoder, [row], L) for row in rows], "prepare", lambda: prepare(editor.decoder, rows, L)
     )
-    with backend("reference"):
-        against("layers written out, no autograd", make(rows))
 
-    def slow_products():
+    def library_step():
         with library_products():
             step()
 
-    against("matrix products of our own", slow_products)
+    with backend("reference"):
+        against("layers written out, no autograd (both with PyTorch's products)", make(rows), ours=library_step)
+    against("matrix products of our own", library_step)
     width, d = editor.decoder.projection(L).in_features, editor.model.config.hidden_size
     W, K, R = torch.randn(d, width), torch.randn(width, len(plan.facts)), torch.randn(d, len(plan.facts))
 

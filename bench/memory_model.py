@@ -4,10 +4,12 @@
 
 The model (bytes; b: of a weight's element):
     prefix cache  nodes before subjects x layers above L x keys and values x b, and the tree's hidden states after layer L
-    activations   tokens of a step x layers above L x (two hidden states in float32, queries, keys, values, gate and up x b)
-    logits        OUTPUT_ROWS x vocabulary x 4, three times: scores, their exponentials, and the packed left side of their product;
-                  the reference of the regulariser, one row a subject
+    activations   tokens of a step x layers above L x (two hidden states in float32, queries, keys, values, gate and up x b); of the
+                  last layer, only the tokens whose output is read
+    temporaries   tokens of a step x (two MLP activations x b, four hidden states in float32), what a layer's backward holds at once
+    logits        up to OUTPUT_ROWS x vocabulary in float32, and a row a subject for the regulariser's reference
     weights       the edited weights twice, for `revert` and for `all_or_nothing` while the write runs, and the factors
+The first four are held while values are optimised, the last afterwards, so that the larger of the two is the peak.
 Written for the layers that `rose_engine.block` runs on the CPU; the library's keep about twice the activations. peak_mb is measured
 with `bench.memory`, in a process of its own.
 """
@@ -27,30 +29,32 @@ from rose_engine.packing import build_tree, inputs, split_rows
 
 
 def predict(editor, edits: Sequence, recipe) -> dict[str, float]:
-    """MB by part, and `total`: the weights' copies and the largest batch."""
+    """MB by part, and `total`: the largest batch's, or the weights' where they are more."""
     decoder, config = editor.decoder, editor.model.config
     plans = [subject_rows(decoder, editor.tokenizer, subject, recipe) for subject in group_by_subject(edits)]
     attention, b = decoder.layers[0].self_attn, decoder.head.element_size()
     d, inner, above = config.hidden_size, config.intermediate_size, len(decoder.layers) - recipe.last_layer - 1
     kv, q = attention.k_proj.out_features, attention.q_proj.out_features
-    parts = {"prefix cache": 0.0, "activations": 0.0, "logits": 0.0}
+    step: dict[str, float] = {}
     for members in batches_of(plans, BATCH_TOKENS):
         rows = [row for plan in members for row in (*plan.facts, plan.neutral)]
         tree = build_tree([inputs(row) for row in rows])
         before = {node for row, path in zip(rows, tree.path, strict=True) for node in path[: row.last]}
-        step = max(sum(len(inputs(rows[r])) - rows[r].last for r in part) for part in split_rows(rows, range(len(rows)), STEP_TOKENS))
-        targets = min(OUTPUT_ROWS, sum(len(row.tokens) - row.target + 1 for row in rows))
+        tokens = max(sum(len(inputs(rows[r])) - rows[r].last for r in part) for part in split_rows(rows, range(len(rows)), STEP_TOKENS))
+        read = min(tokens, sum(len(row.tokens) - row.target + (row.target == len(row.tokens)) for row in rows))
         now = {
             "prefix cache": len(before) * above * 2 * kv * b + len(tree.token) * d * b,
-            "activations": step * above * (8 * d + (q + 2 * kv + 2 * inner) * b),
-            "logits": (2 * 4 + b) * targets * len(decoder.head) + 4 * len(members) * len(decoder.head),
+            "activations": (tokens * (above - 1) + read) * (8 * d + (q + 2 * kv + 2 * inner) * b),
+            "temporaries": tokens * (2 * inner * b + 16 * d),
+            "logits": 4 * len(decoder.head) * (min(OUTPUT_ROWS, read) + len(members)),
         }
-        parts = max((parts, now), key=lambda p: sum(p.values()))
+        step = max((step, now), key=lambda parts: sum(parts.values()))
     sizes = [decoder.projection(layer).weight.shape for layer in recipe.layers]
     columns = sum(len(plan.facts) for plan in plans)
-    parts["weights"] = sum(2 * rows * width * b + 4 * columns * (rows + width) for rows, width in sizes)
+    weights = sum(2 * rows * width * b + 4 * columns * (rows + width) for rows, width in sizes)
+    parts = {**step, "weights": weights}
     out = {name: value / 1e6 for name, value in parts.items()}
-    return out | {"total": sum(out.values())}
+    return out | {"total": max(sum(step.values()), weights) / 1e6}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,8 +6,9 @@ Methods: memit_merge (`bench.baselines.memit_merge`), rose_naive (`bench.baselin
 dtype given by --dtype, and rose_auto (the engine, dtype auto). Each run is a process of its own, methods take turns, and times are medians
 over the repeats. All take the paper's settings with 35 steps, which end early with --early-stop alone. Seconds are those of prepare,
 optimise and write; loading, the covariance that MEMIT-Merge is given, and verification (the engine's) are told apart. tokens: run by a
-step, padding included. peak_extra_mb: the peak above the loaded model. floor_s: what the engine's matrix products above layer L would take
-at the rate of a large product in the same run. ratio: seconds of memit_merge, and of rose_naive, to those of each engine run.
+step, padding included. peak_extra_mb: the peak above the loaded model. floor_s: what the engine's matrix products above layer L, output
+matrix included, would take at the rate of a large product in the same process. ratio: seconds of memit_merge, and of rose_naive, to those
+of each engine run; that of rose_auto compares with the baselines' dtype, float32 unless told.
 """
 
 from __future__ import annotations
@@ -55,16 +56,20 @@ def facts_of(subjects: int, facts: int) -> list:
 
 
 def matrix_rate(dtype: torch.dtype, device: str) -> float:
-    """Multiply-adds x 2 a second of a 1024 x 1024 x 4096 product."""
+    """Multiply-adds x 2 a second of a 1024 x 1024 x 4096 product, by PyTorch or the engine's own, whichever is faster."""
+    from rose_kernels.layer import available, products_
+
     a, b = (torch.randn(*shape, device=device).to(dtype) for shape in ((1024, 4096), (4096, 1024)))
+    out = torch.empty(1024, 1024, dtype=dtype, device=device)
+    ways = [lambda: torch.mm(a, b, out=out)] + [lambda: products_(a, [b], [out], turned=False)] * available(a.device)
     times = []
-    for _ in range(6):
+    for way in ways * 6:
         began = time.perf_counter()
-        a @ b
+        way()
         if device != "cpu":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return 2 * 1024 * 4096 * 1024 / min(times[1:])
+    return 2 * 1024 * 4096 * 1024 / min(times[len(ways) :])
 
 
 def load(args: argparse.Namespace, dtype: str) -> Any:
@@ -123,20 +128,22 @@ def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
         out["tokens"] = sum(v.tokens for v in values)
     out["peak_extra_mb"] = memory.peak_mb()
     if method in ENGINE:
-        out["tokens"], decoder = suffix_tokens(editor, edits, recipe), editor.decoder
-        above = sum(p.numel() for layer in decoder.layers[recipe.last_layer + 1 :] for p in layer.parameters())
-        out["floor_s"] = 4.0 * above * out["tokens"] * out["steps"] / args.subjects / matrix_rate(editor.model.dtype, args.device)
+        out["tokens"], read = suffix_tokens(editor, edits, recipe)
+        above = [sum(p.numel() for p in layer.parameters()) for layer in editor.decoder.layers[recipe.last_layer + 1 :]]
+        work = 4.0 * (sum(above[:-1]) * out["tokens"] + (above[-1] + editor.decoder.head.numel()) * read)
+        out["floor_s"] = work * out["steps"] / args.subjects / matrix_rate(editor.model.dtype, args.device)
     split = seconds | out["seconds"]
     total = sum(split[stage] for stage in ("prepare", "optimise", "write"))
     return {"method": method, "dtype": str(editor.model.dtype).removeprefix("torch."), "split": split, **out, "seconds": total}
 
 
-def suffix_tokens(editor, edits, recipe) -> int:
-    """Tokens that one step of the engine runs, over all subjects."""
+def suffix_tokens(editor, edits, recipe) -> tuple[int, int]:
+    """Tokens that one step of the engine runs, over all subjects, and those of them whose output is read."""
     from rose_engine.edits import group_by_subject
     from rose_engine.optimize import subject_rows
 
-    return sum(subject_rows(editor.decoder, editor.tokenizer, s, recipe).suffix_tokens for s in group_by_subject(edits))
+    plans = [subject_rows(editor.decoder, editor.tokenizer, s, recipe) for s in group_by_subject(edits)]
+    return sum(p.suffix_tokens for p in plans), sum(1 + sum(len(r.tokens) - r.target for r in p.facts) for p in plans)
 
 
 def summary(runs: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str, Any]:

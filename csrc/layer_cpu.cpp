@@ -24,8 +24,8 @@ ROSE_INLINE f32x16 at_least(f32x16 x, f32x16 y) { return x > y ? x : y; }
 // e^x to 2 units in the last place: 2^n times a polynomial in r = x - n ln 2. Below -87 the result is about 1e-38.
 ROSE_INLINE f32x16 exponential(f32x16 x) {
   const f32x16 zero = {};
-  x = at_least(x, zero - 87.0f);
-  x = x < 88.0f ? x : zero + 88.0f;
+  x = x < -87.0f ? zero - 87.0f : x;  // NaN stays NaN
+  x = x > 88.0f ? zero + 88.0f : x;
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const f32x16 shifted = x * 1.44269504f + shift, n = shifted - shift;
   const f32x16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;

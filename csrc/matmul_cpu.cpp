@@ -7,7 +7,8 @@
 
 #include "vector.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+// The names of these instruction sets are known to GCC from 12 on; elsewhere PyTorch's products serve.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #include <cpuid.h>
 #include <immintrin.h>
 #define ROSE_AVX512 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
@@ -256,7 +257,7 @@ void run(const Job& job, const Task& task, const Task* next, uint32_t* b, float*
             static_cast<char*>(task.product->out) + (row * task.product->columns + task.column) * size, task.product->out_dtype, job.add);
 }
 
-// Every thread's tasks: whole panels in turn, and what is left over shared out by rows, so that all threads end together.
+// Every thread's tasks: whole panels in turn, and what is left over shared out by rows. Meant for few threads: each part packs its panel.
 std::vector<std::vector<Task>> share(const Product* jobs, int64_t count, int64_t rows, int64_t threads) {
   std::vector<Task> panels;
   for (int64_t j = 0; j < count; ++j)

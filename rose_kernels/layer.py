@@ -49,7 +49,7 @@ class Layout:
         check_index("start", self.start, tokens)
         check_index("start + length", self.start + self.length, tokens + 1)
         check_index("prefix", self.prefix, max(1, cached))
-        check_index("prefix_length", self.prefix_length, self.prefix.shape[1] + 1)
+        check_index("prefix_length", self.prefix_length, self.prefix.shape[1] + 1 if cached else 1)
         if (self.length < 1).any():
             raise ValueError("a suffix has at least one token")
 
@@ -58,21 +58,25 @@ def products_(a: Tensor, w: Sequence[Tensor], out: Sequence[Tensor], *, turned: 
     """out[i] = a w[i]^T where turned, for w[i] [columns, depth] as a linear layer has it, else a w[i] for w[i] [depth, columns].
 
     add: onto what out[i] holds.
-    a [N, depth] and out[i] [N, columns] float32 or of the dtype of w, float32 or bfloat16; sums in float32. Weights are read in
-    place, by `csrc/matmul.h` where the machine has AVX-512, else by PyTorch.
+    a [N, depth] and out[i] [N, columns] float32 or of the dtype of w, float32 or bfloat16. Weights are read in place, by
+    `csrc/matmul.h` where the machine has AVX-512, which rounds nothing but `out`; else by PyTorch, which rounds sums to the weights' dtype.
     """
     for weight, to in zip(w, out, strict=True):
         check("w", weight, (None, a.shape[1]) if turned else (a.shape[1], None), DTYPES)
         check("out", to, (len(a), weight.shape[0 if turned else 1]), (torch.float32, weight.dtype))
         check("a", a, tuple(a.shape), (torch.float32, weight.dtype))
-        if weight.dtype != w[0].dtype or any(n % WIDTH for n in weight.shape):
+        if weight.dtype != w[0].dtype or any(not n or n % WIDTH for n in weight.shape):
             raise ValueError(f"weights must be of one dtype and in multiples of {WIDTH}, given {weight.dtype} {list(weight.shape)}")
     if _serves(w[0]):
         torch.ops.rose_native.products(a, list(w), list(out), turned, add)
         return
     for weight, to in zip(w, out, strict=True):
-        product = a.to(weight.dtype) @ (weight.T if turned else weight)
-        to.add_(product) if add else to.copy_(product)
+        left, right = a.to(weight.dtype), weight.T if turned else weight
+        if to.dtype == weight.dtype:
+            to.addmm_(left, right, beta=float(add))
+        else:
+            product = left @ right
+            to.add_(product) if add else to.copy_(product)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -165,5 +169,5 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor
 
 
 def _check_width(width: int) -> None:
-    if width % WIDTH:
+    if not width or width % WIDTH:
         raise ValueError(f"the last dimension must be a multiple of {WIDTH}, given {width}")

@@ -51,7 +51,7 @@ def block_of(layer: nn.Module) -> Block | None:
     """The parts of a layer, or None where the library has to run it: another family, a hook or an adapter in it, another dtype."""
     if type(layer).__name__ not in LAYERS or not type(layer).__module__.startswith("transformers.models."):
         return None
-    if any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules()):
+    if any(_changed(m) for m in layer.modules()):
         return None
     a, mlp = layer.self_attn, layer.mlp
     linear = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
@@ -64,14 +64,21 @@ def block_of(layer: nn.Module) -> Block | None:
     if a.head_dim % (2 * WIDTH) or any(n % WIDTH for m in linear for n in m.weight.shape):
         return None
     head = (a.q_norm, a.k_norm) if hasattr(a, "q_norm") else None
+    if not all(is_norm(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm, *(head or ()))):
+        return None
     return Block(a, mlp, layer.input_layernorm, layer.post_attention_layernorm, head)
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a norm is the one written out here."""
-    weight = getattr(module, "weight", None)
-    plain = type(module).__name__ in NORMS and not (module._forward_hooks or module._forward_pre_hooks)
-    return plain and weight.dtype in DTYPES and len(weight) % WIDTH == 0
+    if type(module).__name__ not in NORMS or _changed(module):
+        return False
+    return module.weight.dtype in DTYPES and len(module.weight) % WIDTH == 0
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether calling a module does something else than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def norm_of(module: nn.Module) -> tuple[Tensor, float]:

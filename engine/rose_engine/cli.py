@@ -138,6 +138,7 @@ def stream(
     began, done = time.perf_counter(), 0
     with ExitStack() as stack:
         if edits == "-":
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
             lines = sys.stdin
         else:
             try:
@@ -145,7 +146,7 @@ def stream(
             except OSError as e:
                 raise EditError(f"cannot be read: {e.strerror or e}", edits) from e
         where = rejects or ledger / "rejects.jsonl"
-        name = "<stdin>" if edits == "-" else edits
+        name = "<stdin>" if edits == "-" else str(Path(edits).resolve())
         progress = stack.enter_context(progress_on_terminal("optimising"))
         steps = run(editor, ledger, lines, name, rejects=where, strict=strict, require_success=require_success, progress=progress)
         for step in steps:
@@ -157,12 +158,18 @@ def stream(
             )
 
 
+def _existing(ledger: Path) -> Path:
+    if not ledger.is_dir():
+        raise FileNotFoundError(f"{ledger}: there is no such ledger")
+    return ledger
+
+
 @app.command()
 def log(ledger: LedgerArgument) -> None:
     """List the commits of a ledger; those that are in the weights are marked."""
     from rose_engine import ledger as book
 
-    commits, active = book.log(ledger), set(book.active(ledger))
+    commits, active = book.log(_existing(ledger)), set(book.active(ledger))
     for commit in commits:
         mark = "*" if commit.number in active else " "
         what = f"{commit.edits} edits" if commit.kind == "apply" else f"takes back commit {commit.reverts}"
@@ -174,9 +181,7 @@ def revert(ledger: LedgerArgument, number: Annotated[int, typer.Argument(help="T
     """Take one commit back, whichever it is. The weights of `rose stream` and `Editor.restore` are then without it."""
     from rose_engine import ledger as book
 
-    if not ledger.is_dir():
-        raise FileNotFoundError(f"{ledger}: there is no such ledger")
-    with book.writing(ledger) as writer:
+    with book.writing(_existing(ledger)) as writer:
         commit = writer.revert(number)
     print(f"commit {commit.number} takes back commit {number}")
 
@@ -186,7 +191,7 @@ def verify(ledger: LedgerArgument) -> None:
     """Check the chain of commits and every delta's file."""
     from rose_engine import ledger as book
 
-    print(f"{len(book.verify(ledger))} commits, all whole")
+    print(f"{len(book.verify(_existing(ledger)))} commits, all whole")
 
 
 @app.command()

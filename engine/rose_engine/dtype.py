@@ -27,12 +27,14 @@ def dtype_of(name: str | torch.dtype | None, device: str | torch.device) -> torc
 
 
 def faster_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where a matrix product is at least `WORTH` times faster in it than in float32: on GPUs, and CPUs with AMX or AVX512-BF16.
+    """bfloat16 on GPUs that have it, and on a CPU where a matrix product is at least `WORTH` times faster in it than in float32.
 
-    On the CPU that is measured, in a few hundredths of a second.
+    The CPU is measured, in a few hundredths of a second (and csrc built, if it was not yet); those with AMX or AVX512-BF16 gain.
     """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type != "cpu":
-        return torch.bfloat16
+        return torch.float32
     seconds = {dtype: min(_product_seconds(dtype) for _ in range(5)) for dtype in (torch.float32, torch.bfloat16)}
     return torch.bfloat16 if seconds[torch.float32] > WORTH * seconds[torch.bfloat16] else torch.float32
 

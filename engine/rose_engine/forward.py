@@ -119,7 +119,8 @@ def prepare(decoder: Decoder, rows: Sequence[Row], layer: int) -> Prepared:
 def blocks_of(decoder: Decoder, layers: range) -> tuple[block.Block, ...] | None:
     """The layers as `block` runs them, or None where one of them, the final norm or the output matrix is not of its kind."""
     blocks = [block.block_of(decoder.layers[layer]) for layer in layers]
-    return tuple(blocks) if all(blocks) and block.is_norm(decoder.norm) and _plain(decoder.head) else None
+    written = blocks and all(blocks) and block.is_norm(decoder.norm) and _plain(decoder.head)
+    return tuple(blocks) if written and len({b.mlp.down_proj.weight.dtype for b in blocks} | {decoder.head.dtype}) == 1 else None
 
 
 def _plain(weight: Tensor) -> bool:

@@ -7,13 +7,15 @@
     LOCK                 held by the one writer, whom it names; the system gives it back when that process ends, however it ends
 
 A commit is there from the moment its JSON takes its name; the delta is on disk by then, and HEAD follows. A process that is killed in
-between leaves a delta that no commit names, which the next commit replaces, or a HEAD that is one commit behind. Readers take no lock.
+between leaves a delta that no commit names, which the next commit replaces, a temporary file, or a HEAD that is one commit behind; the
+next writer puts these right before it writes. Readers take no lock.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,9 +93,24 @@ def log(path: str | Path) -> list[Commit]:
     The chain is checked: LedgerError where a commit is missing, does not follow from the one before it, or HEAD names another.
     """
     path = Path(path)
+    commits, _ = _chain(path)
+    head = _head(path)
+    if head and head[0] > len(commits):  # a commit may have come since the files were listed
+        commits, _ = _chain(path)
+    last = head[0] if head else 0
+    if last > len(commits):
+        raise LedgerError(f"{commit_file(path, len(commits) + 1)}: is missing; {HEAD} is at commit {last}")
+    if head and head[1] != _read(path, last)[1]:
+        raise LedgerError(f"{commit_file(path, last)}: is not the commit that {HEAD} names")
+    if last < len(commits) - 1 and (_head(path) or (0,))[0] < len(commits) - 1:
+        raise LedgerError(f"{path / HEAD}: is at commit {last}, but there are {len(commits)} commits")
+    return commits
+
+
+def _chain(path: Path) -> tuple[list[Commit], str | None]:
+    """The commits as they follow from each other, and the SHA-256 of the last one's file."""
     commits: list[Commit] = []
     before: str | None = None
-    head = _head(path)
     while commit_file(path, len(commits) + 1).exists() or commit_file(path, len(commits) + 1).is_symlink():
         commit, digest = _read(path, len(commits) + 1)
         if commit.parent != before:
@@ -102,14 +119,7 @@ def log(path: str | Path) -> list[Commit]:
             raise LedgerError(f"{commit_file(path, commit.number)}: takes back commit {commit.reverts}, which is not in the weights")
         commits.append(commit)
         before = digest
-        if head and head[0] == commit.number and head[1] != digest:
-            raise LedgerError(f"{commit_file(path, commit.number)}: is not the commit that {HEAD} names")
-    last = head[0] if head else 0
-    if last > len(commits):
-        raise LedgerError(f"{commit_file(path, len(commits) + 1)}: is missing; {HEAD} is at commit {last}")
-    if last < len(commits) - 1:
-        raise LedgerError(f"{path / HEAD}: is at commit {last}, but there are {len(commits)} commits")
-    return commits
+    return commits, before
 
 
 def _head(path: Path) -> tuple[int, str] | None:
@@ -133,10 +143,14 @@ def _active(commits: list[Commit]) -> list[int]:
 
 def active(path: str | Path, at: int | None = None) -> list[int]:
     """The numbers of the commits whose deltas are in the weights, in order: after the last commit, or after commit `at` (0: none)."""
+    return _active(_until(path, at))
+
+
+def _until(path: str | Path, at: int | None) -> list[Commit]:
     commits = log(path)
     if at is not None and not 0 <= at <= len(commits):
         raise LedgerError(f"{path}: has no commit {at}; the last is {len(commits)}")
-    return _active(commits if at is None else commits[:at])
+    return commits if at is None else commits[:at]
 
 
 def delta_of(path: str | Path, commit: Commit) -> Delta:
@@ -151,8 +165,8 @@ def delta_of(path: str | Path, commit: Commit) -> Delta:
 
 def deltas(path: str | Path, at: int | None = None) -> list[Delta]:
     """The deltas that make up the weights, in order, after the last commit or after commit `at`."""
-    commits = {commit.number: commit for commit in log(path)}
-    return [delta_of(path, commits[number]) for number in active(path, at)]
+    commits = _until(path, at)
+    return [delta_of(path, commits[number - 1]) for number in _active(commits)]
 
 
 def verify(path: str | Path) -> list[Commit]:
@@ -193,9 +207,13 @@ class Writer:
     def __init__(self, path: Path):
         self.path = path
         self._commits = log(path)
+        for stray in path.glob(".*.tmp"):  # of a process that was killed: nobody else writes now
+            stray.unlink()
+        if self._commits:
+            self._write_head()
 
     def apply(self, delta: Delta, note: Mapping[str, Any] | None = None) -> Commit:
-        """Commit a delta. On any error the ledger is as before."""
+        """Commit a delta. Where this raises there is no commit."""
         file = delta_file(self.path, len(self._commits) + 1)
         delta.save(file)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -209,12 +227,21 @@ class Writer:
 
     def _append(self, kind, delta: str | None, reverts: int | None, edits: int, note: Mapping[str, Any] | None) -> Commit:
         number = len(self._commits) + 1
+        if number > 1 and (_head(self.path) or (0,))[0] != number - 1:
+            self._write_head()  # never two behind
         parent = _read(self.path, number - 1)[1] if number > 1 else None
         commit = Commit(number, kind, parent, delta, reverts, edits, datetime.now(UTC).isoformat(timespec="seconds"), dict(note or {}))
         text = json.dumps(asdict(commit), ensure_ascii=False, indent=1) + "\n"
         with replacing(commit_file(self.path, number)) as temporary:
             temporary.write_text(text, "utf-8")
         self._commits.append(commit)
-        with replacing(self.path / HEAD) as temporary:
-            temporary.write_text(f"{number} {hashlib.sha256(text.encode()).hexdigest()}\n", "ascii")
+        try:
+            self._write_head()
+        except OSError as e:  # the commit stands; the next one, or the next writer, brings HEAD along
+            logging.getLogger(__name__).warning("%s could not be brought to commit %d: %s", self.path / HEAD, number, e)
         return commit
+
+    def _write_head(self) -> None:
+        number = len(self._commits)
+        with replacing(self.path / HEAD) as temporary:
+            temporary.write_text(f"{number} {_read(self.path, number)[1]}\n", "ascii")

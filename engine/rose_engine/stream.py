@@ -1,12 +1,15 @@
 """Streaming: edits of any number, applied batch by batch, each batch committed to a ledger before the next one is read.
 
 A batch is taken from the stream in its order, up to a number of suffix tokens; a fact that contradicts one of the batch begins the next. A
-commit notes how many lines were consumed, so that a process that was killed goes on after its last commit: nothing is lost, and
-nothing applied twice. A line that cannot be used goes to the rejects file with the reason, and the stream goes on.
+commit notes how many lines were consumed and their SHA-256, so that a process that was killed goes on after its last commit, with
+the same lines or not at all: nothing is lost, and nothing applied twice. A line that cannot be used goes to the rejects file with
+the reason, and the stream goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -35,14 +38,18 @@ class Step:
 
 
 class Rejects:
-    """The lines that could not be used, as JSONL with `line` (its number), `reason` and `text`; kept to what commits have noted."""
+    """The lines that could not be used, as JSONL with `line` (its number), `reason` and `text`.
 
-    def __init__(self, path: Path | None, size: int):
+    size: what the last commit noted of this file, to which it is cut back; None for a file that no commit speaks of, which only grows.
+    """
+
+    def __init__(self, path: Path | None, size: int | None):
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab")  # noqa: SIM115 - closed by `close`
-            self._file.truncate(min(size, os.fstat(self._file.fileno()).st_size))
+            if size is not None:
+                self._file.truncate(min(size, os.fstat(self._file.fileno()).st_size))
 
     def add(self, number: int, text: str, reason: str) -> None:
         """Note a line."""
@@ -95,16 +102,19 @@ def stream(
     with ledger.writing(path) as writer:
         editor.restore(ledger.deltas(path))
         notes = [commit.note for commit in ledger.log(path) if commit.note.get("stream") == name]
-        consumed, size = (notes[-1]["lines"], notes[-1]["rejects"]) if notes else (0, 0)
-        refused = Rejects(Path(rejects) if rejects else None, size)
+        last = notes[-1] if notes else {"lines": 0}
+        file = str(Path(rejects).absolute()) if rejects else None
+        refused = Rejects(Path(rejects) if rejects else None, last.get("rejects") if last.get("rejects_file") == file else None)
         try:
-            batches = _batches(editor, lines, name, consumed, recipe, refused, strict, batch_tokens)
-            for batch, consumed in batches:
+            rest = _Counted(lines, name)
+            rest.skip(last["lines"], last.get("sha256"))
+            for batch, consumed, sha256 in _batches(editor, rest, recipe, refused, strict, batch_tokens):
                 result, failed = _apply(editor, batch, recipe, require_success, refused, progress)
                 if result is None:
                     continue
                 try:
-                    commit = writer.apply(result.delta, {"stream": name, "lines": consumed, "rejects": refused.flush()})
+                    note = {"stream": name, "lines": consumed, "sha256": sha256, "rejects_file": file, "rejects": refused.flush()}
+                    commit = writer.apply(result.delta, note)
                 except BaseException:
                     editor.revert(result)
                     raise
@@ -114,33 +124,61 @@ def stream(
             refused.close()
 
 
-def _batches(editor, lines, name, consumed, recipe, refused, strict, budget) -> Iterator[tuple[list[_Line], int]]:
-    """Batches of usable lines, each with the number of lines consumed when it ends."""
+class _Counted:
+    """Lines with their numbers, and the SHA-256 of all that have been read."""
+
+    def __init__(self, lines: Iterable[str], name: str):
+        self.name, self.number, self._lines, self._digest = name, 0, iter(lines), hashlib.sha256()
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        for text in self._lines:
+            self.number += 1
+            self._digest.update(text.encode("utf-8", "surrogatepass"))
+            yield self.number, text
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def skip(self, count: int, sha256: str | None) -> None:
+        """Read `count` lines. LedgerError where they are not those that were consumed."""
+        for _ in itertools.islice(self, count):
+            pass
+        if self.number < count or (count and self.sha256 != sha256):
+            raise ledger.LedgerError(
+                f"{self.name}: its first {count} lines are not those that the ledger's commits have consumed;"
+                " give the same stream again, or this one another name"
+            )
+
+
+def _batches(
+    editor: Editor, lines: _Counted, recipe: Recipe, refused: Rejects, strict: bool, budget: int
+) -> Iterator[tuple[list[_Line], int, str]]:
+    """Batches of usable lines, each with the number and the SHA-256 of the lines consumed when it ends."""
     batch: list[_Line] = []
-    tokens, number = 0, 0
-    for number, text in enumerate(lines, 1):
-        if number <= consumed:
-            continue
+    tokens, before = 0, (lines.number, lines.sha256)
+    for number, text in lines:
         try:
-            edit = parse_line(text, number, name)
-            if edit is None:
-                continue
-            (subject,) = group_by_subject([edit])
-            cost = subject_rows(editor.decoder, editor.tokenizer, subject, recipe).suffix_tokens
+            edit = parse_line(text, number, lines.name)
+            if edit is not None:
+                (subject,) = group_by_subject([edit])
+                cost = subject_rows(editor.decoder, editor.tokenizer, subject, recipe).suffix_tokens
         except EditError as e:
             if strict:
                 if batch:
-                    yield batch, number - 1
+                    yield batch, *before
                 raise
+            edit = None
             refused.add(number, text, str(e))
-            continue
-        if batch and (tokens + cost > budget or _contradicts(batch, edit)):
-            yield batch, number - 1
-            batch, tokens = [], 0
-        batch.append(_Line(number, text, edit))
-        tokens += cost
+        if edit is not None:
+            if batch and (tokens + cost > budget or _contradicts(batch, edit)):
+                yield batch, *before
+                batch, tokens = [], 0
+            batch.append(_Line(number, text, edit))
+            tokens += cost
+        before = lines.number, lines.sha256
     if batch:
-        yield batch, number
+        yield batch, *before
 
 
 def _contradicts(batch: list[_Line], edit: Edit) -> bool:
@@ -158,7 +196,7 @@ def _apply(
     while batch:
         try:
             result = editor.apply([line.edit for line in batch], recipe=recipe, progress=progress)
-        except (FloatingPointError, ValueError) as e:
+        except FloatingPointError as e:
             for line in batch:
                 refused.add(line.number, line.text, f"could not be applied: {e}")
             break

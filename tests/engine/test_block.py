@@ -27,6 +27,8 @@ def test_plain_layers_are_written_out(make_model, monkeypatch):
     assert layers_of(model.bfloat16()) is not None
     monkeypatch.setenv("ROSE_BACKEND", "reference")
     assert layers_of(model) is None
+    monkeypatch.delenv("ROSE_BACKEND")
+    assert blocks_of(decoder_of(model), range(0)) is None
 
 
 class Adapter(nn.Linear):
@@ -53,12 +55,28 @@ def mixed(model):
     model.model.layers[0].mlp.bfloat16()
 
 
+def own_forward(model):
+    model.model.layers[1].forward = model.model.layers[1].forward
+
+
+class Norm(nn.Module):
+    """A norm that is not the family's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+
+
+def other_norm(model):
+    model.model.layers[1].post_attention_layernorm = Norm()
+
+
 def of_another_class(model):
     model.model.layers[3].__class__ = type("LlamaDecoderLayer", (type(model.model.layers[3]),), {"__module__": "mine"})
 
 
 @needs_csrc
-@pytest.mark.parametrize("change", [hooked, hooked_norm, adapted, halved, mixed, of_another_class])
+@pytest.mark.parametrize("change", [hooked, hooked_norm, adapted, halved, mixed, own_forward, other_norm, of_another_class])
 def test_anything_else_is_the_librarys(make_model, change):
     model = make_model(head_dim=32)
     change(model)

@@ -185,7 +185,7 @@ def test_what_a_killed_commit_leaves_behind(editor, tmp_path):
     with pytest.raises(LedgerError, match="HEAD names"):
         ledger.log(path)
     (path / "HEAD").write_bytes(head)
-    with pytest.raises(LedgerError, match="HEAD: is at commit 2"):  # two behind is no crash
+    with pytest.raises(LedgerError, match="HEAD: is at commit 2"):  # a writer lets it fall one behind at most
         ledger.log(path)
     shutil.rmtree(path)
     fill(editor, path, 1)
@@ -210,6 +210,26 @@ def test_a_full_disk_leaves_the_ledger_as_it_was(editor, tmp_path, monkeypatch):
         assert sorted(os.listdir(path)) == files and len(ledger.verify(path)) == 1
         writer.apply(delta)
     assert len(ledger.verify(path)) == 2
+
+
+def test_head_is_brought_along_whatever_kept_it_back(editor, tmp_path, monkeypatch):
+    """HEAD cannot be written once, twice in a row, and by a writer that is then gone: commits stand, and nothing is refused."""
+    path = tmp_path / "l"
+    fill(editor, path, 1)
+    with writing(path) as writer:
+        for attempt in range(2):
+            delta = editor.apply([Edit(f"Ingrid {attempt}", "{} likes", "tea")], recipe=RECIPE, verify=False).delta
+            number = writer.apply(delta).number
+            (path / "HEAD").write_text(f"{number - 1} {ledger._read(path, number - 1)[1]}\n")  # as if killed before HEAD
+            assert len(ledger.verify(path)) == number
+    (path / ".HEAD.123.tmp").write_text("half")
+    with writing(path):
+        assert (path / "HEAD").read_text().startswith("3 ") and not list(path.glob(".*.tmp"))
+    full = lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device"))  # noqa: E731
+    with writing(path) as writer:
+        monkeypatch.setattr(ledger.Writer, "_write_head", full)
+        assert writer.revert(2).number == 4
+    assert len(ledger.verify(path)) == 4
 
 
 def test_an_empty_ledger(tmp_path):

@@ -70,6 +70,25 @@ def test_bad_lines_are_rejected_with_a_reason(editor, tmp_path):
     assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 6
 
 
+def test_another_stream_of_the_same_name_is_refused(editor, tmp_path):
+    run(editor, tmp_path / "l", LINES[:4], name="-")
+    before = bits(editor).clone()
+    for lines in (LINES[4:], LINES[:3], [LINES[1], *LINES[1:]]):
+        with pytest.raises(ledger.LedgerError, match="not those that the ledger's commits have consumed"):
+            run(editor, tmp_path / "l", lines, name="-")
+    assert torch.equal(bits(editor), before)
+    assert run(editor, tmp_path / "l", LINES[:6], name="-")[-1].lines == 6  # the same, longer: it goes on
+    assert run(editor, tmp_path / "l", LINES[4:], name="other")[-1].lines == 8
+
+
+def test_streams_of_one_ledger_share_a_rejects_file(editor, tmp_path):
+    options = {"rejects": tmp_path / "r.jsonl"}
+    (tmp_path / "r.jsonl").write_text("there before\n")
+    run(editor, tmp_path / "l", [BAD[0], LINES[0]], name="a", **options)
+    run(editor, tmp_path / "l", [BAD[1], LINES[1]], name="b", **options)
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 3
+
+
 def test_strict_stops_after_what_came_before(editor, tmp_path):
     steps = stream(editor, tmp_path / "l", [LINES[0], BAD[0], LINES[1]], recipe=RECIPE, strict=True)
     assert next(steps).lines == 1

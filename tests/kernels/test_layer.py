@@ -24,10 +24,11 @@ def test_products(dtype, rows, columns, depth):
     a = torch.randn(rows, depth)
     turned, straight = torch.randn(columns, depth).to(dtype), torch.randn(depth, columns).to(dtype)
     true = a.to(dtype).double() @ turned.double().T, a.to(dtype).double() @ straight.double()
+    rounded = dtype != torch.float32 and not layer._serves(turned)  # PyTorch's products are rounded before they are widened
     for given in (a, a.to(dtype)):
         for out_dtype in {torch.float32, dtype}:
             for w, is_turned, wanted in ((turned, True, true[0]), (straight, False, true[1])):
-                bound = 2e-6 if out_dtype == torch.float32 else BOUND[dtype]
+                bound = 2e-6 if out_dtype == torch.float32 and not rounded else BOUND[dtype]
                 out = torch.full((rows, columns), torch.nan, dtype=out_dtype)
                 layer.products_(given, [w], [out], turned=is_turned)
                 assert error(out, wanted) < bound
@@ -39,6 +40,8 @@ def test_products(dtype, rows, columns, depth):
 
 @dtypes
 def test_products_share_their_input_and_depend_on_no_threads(dtype):
+    if not layer._serves(torch.empty(1, 1, dtype=dtype)):
+        pytest.skip("PyTorch's products serve here, which promise nothing of the kind")
     a, ws = torch.randn(37, 96), [torch.randn(n, 96).to(dtype) for n in (96, 32, 32, 144)]
     outs = [torch.empty(37, len(w)) for w in ws]
     layer.products_(a, ws, outs, turned=True)
@@ -153,6 +156,22 @@ def test_what_does_not_fit_is_refused():
         suffixes([2], [3], 9).check(2, 1)
     with pytest.raises(IndexError, match="start"):
         suffixes([2, 3], [3, 1], 9).check(4, 9)
+    with pytest.raises(IndexError, match="prefix_length"):
+        suffixes([2], [1], 3).check(2, 0)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        layer.rms_norm(torch.randn(4, 0), torch.ones(0), 1e-5)
     with pytest.raises(ValueError, match="evenly"):
         q, k = torch.randn(2, 3, 32), torch.randn(2, 2, 32)
         layer.attention(q, k, k, k, k, suffixes([2], [1], 2), 1.0)
+
+
+def test_nan_is_not_hidden():
+    """A NaN in a query or a key alone reaches the output: a loss that is not finite is what the engine stops at."""
+    q, k, v = torch.randn(3, 2, 32), torch.randn(3, 2, 32), torch.randn(3, 2, 32)
+    past = torch.randn(4, 2, 32)
+    for x in (q, k):
+        x[1, 0, 5] = torch.nan
+        out = layer.attention(q, k, v, past, past, suffixes([3], [2], 4), 1.0)
+        assert out[1, 0].isnan().all() and out[1, 1].isfinite().all() and out[0].isfinite().all()
+        x[1, 0, 5] = 0.0
+    assert layer.swiglu(torch.full((16,), torch.nan), torch.ones(16)).isnan().all()

@@ -1,0 +1,44 @@
+"""Smaller factors of the same change: U V is taken apart by QR of both and an SVD of the small core between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rose_engine.delta import Delta
+
+Factors = tuple[Tensor, Tensor]
+
+
+def joined(deltas: Sequence[Delta]) -> dict[str, Factors]:
+    """The sum of several deltas' changes by weight, ranks one after the other, in float32."""
+    names = list(dict.fromkeys(name for delta in deltas for name in delta.factors))
+    parts = {name: [delta.factors[name] for delta in deltas if name in delta.factors] for name in names}
+    return {name: (torch.cat([U for U, _ in part], 1), torch.cat([V for _, V in part], 0)) for name, part in parts.items()}
+
+
+def compress(U: Tensor, V: Tensor, *, tolerance: float = 0.0, rank: int | None = None) -> tuple[Tensor, Tensor, float]:
+    """(U' [d_out, r], V' [r, d_in], error) with the smallest r, at least 1, for which error = ||U' V' - U V|| / ||U V|| <= tolerance.
+
+    rank: at most so many columns, whatever the error. U [d_out, n], V [n, d_in]; computed in float64, returned in float32. The factors
+    share the singular values evenly, as adapters do.
+    """
+    q_left, r_left = torch.linalg.qr(U.double())
+    q_right, r_right = torch.linalg.qr(V.double().T)
+    left, sizes, right = torch.linalg.svd(r_left @ r_right.T)
+    # tail[r]: what is lost by keeping r values
+    tail = torch.cat([sizes.flip(0).square().cumsum(0).flip(0), sizes.new_zeros(1)]).sqrt()
+    whole = float(tail[0]) or 1.0
+    keep = next(r for r in range(1, len(tail)) if float(tail[r]) <= tolerance * whole or r == len(tail) - 1)
+    keep = min(keep, rank) if rank is not None else keep
+    root = sizes[:keep].sqrt()
+    smaller = (q_left @ left[:, :keep] * root).float(), (root[:, None] * right[:keep] @ q_right.T).float()
+    return *smaller, float(tail[keep]) / whole
+
+
+def compress_all(factors: Mapping[str, Factors], *, tolerance: float = 0.0, rank: int | None = None) -> tuple[dict[str, Factors], float]:
+    """Every weight's factors made smaller, and the largest of their errors."""
+    done = {name: compress(U, V, tolerance=tolerance, rank=rank) for name, (U, V) in factors.items()}
+    return {name: (U, V) for name, (U, V, _) in done.items()}, max(error for _, _, error in done.values())

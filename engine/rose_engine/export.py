@@ -1,0 +1,173 @@
+"""Ship an edit: as a whole Hugging Face checkpoint, as a PEFT LoRA adapter, or as the edited tensors alone.
+
+A checkpoint is made from a base folder without a model in memory: shards that hold edited tensors are rewritten, every other file is
+linked or copied. All outputs appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rose_engine.compress import compress_all, joined
+from rose_engine.delta import Delta, DeltaError, fingerprint
+from rose_kernels import add_low_rank_
+
+# Ranks that adapter servers accept.
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 512)
+
+
+class ExportError(ValueError):
+    """An export that cannot be made; the message says why."""
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name when the block ends well. ExportError where `path` exists and is not empty."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ExportError(f"{path}: exists and is not an empty folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def edited(weight: Tensor, name: str, deltas: Sequence[Delta]) -> Tensor:
+    """A base weight with the deltas written into it in their order: the editor's bits. DeltaError where the base is another one."""
+    record = next(r for delta in deltas for r in delta.metadata["base"] if r["name"] == name)
+    (ours,) = fingerprint({name: weight})
+    if ours != record:
+        what = next(key for key in ("shape", "dtype", "sha256") if ours[key] != record[key])
+        raise DeltaError(f"the delta belongs to another base: {what} of `{name}` is {ours[what]}, not {record[what]}")
+    weight = weight.clone()
+    for delta in deltas:
+        if name in delta.factors:
+            U, V = delta.factors[name]
+            add_low_rank_([weight], [U], [V])
+    return weight
+
+
+def export_checkpoint(base: str | Path, deltas: Sequence[Delta], out: str | Path) -> Path:
+    """A copy of the checkpoint folder `base` with the deltas in its weights. Memory: one shard's tensors, mapped, and one weight twice.
+
+    Only safetensors checkpoints, sharded or not. ExportError where an edited weight is not in it, DeltaError where it is another base.
+    """
+    base = Path(base)
+    places = _places(base)
+    names = sorted({name for delta in deltas for name in delta.factors})
+    missing = [name for name in names if name not in places]
+    if missing:
+        raise ExportError(f"{base}: has no weight `{missing[0]}`")
+    touched = {places[name] for name in names}
+    with new_folder(out) as folder:
+        for file in sorted(p for p in base.rglob("*") if p.is_file()):
+            relative = file.relative_to(base)
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            if str(relative) in touched:
+                with safe_open(str(file), framework="pt") as shard:
+                    tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - not a mapping
+                    metadata = shard.metadata()
+                tensors.update({name: edited(tensors[name], name, deltas) for name in names if places[name] == str(relative)})
+                save_file(tensors, folder / relative, metadata=metadata)
+            else:
+                _link(file, folder / relative)
+        (folder / "rose_edits.json").write_text(json.dumps(_said(deltas), ensure_ascii=False, indent=1) + "\n", "utf-8")
+    return Path(out)
+
+
+def _places(base: Path) -> dict[str, str]:
+    """Weight name -> the file of the checkpoint that holds it."""
+    index = base / "model.safetensors.index.json"
+    if index.exists():
+        return json.loads(index.read_text("utf-8"))["weight_map"]
+    single = base / "model.safetensors"
+    if not single.exists():
+        raise ExportError(f"{base}: holds no safetensors checkpoint")
+    with safe_open(str(single), framework="pt") as f:
+        return dict.fromkeys(f.keys(), single.name)
+
+
+def _link(file: Path, to: Path) -> None:
+    try:
+        os.link(file.resolve(), to)
+    except OSError:  # another file system
+        shutil.copy2(file, to)
+
+
+def _said(deltas: Sequence[Delta]) -> list[dict]:
+    return [{key: delta.metadata.get(key) for key in ("edits", "recipe", "report", "versions", "created")} for delta in deltas]
+
+
+def export_tensors(weights: Mapping[str, Tensor], out: str | Path) -> Path:
+    """The edited tensors alone, as one safetensors file."""
+    from rose_engine.files import replacing
+
+    with replacing(out) as temporary:
+        save_file({name: weight.contiguous().cpu() for name, weight in weights.items()}, temporary)
+    return Path(out)
+
+
+def export_peft(deltas: Sequence[Delta], out: str | Path, *, base: str, rank: int | None = None, tolerance: float = 1e-6) -> float:
+    """A LoRA adapter folder as the `peft` library loads it; returns the largest relative error of a weight's change.
+
+    base: what the adapter names as its base model. rank: at most so many; None keeps what `tolerance` asks for. The rank is then
+    rounded up to one that servers accept, with zeros; alpha equals it, so that nothing is scaled. ExportError where no such rank
+    is large enough.
+    """
+    factors, error = compress_all(joined(deltas), tolerance=tolerance, rank=rank)
+    needed = max(U.shape[1] for U, _ in factors.values())
+    served = next((r for r in SERVED_RANKS if r >= needed), None)
+    if served is None:
+        raise ExportError(f"rank {needed} is needed; servers accept at most {SERVED_RANKS[-1]}: give a rank or a larger tolerance")
+    paths = [name.removesuffix(".weight") for name in factors]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": served,
+        "lora_alpha": served,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": paths,
+    }
+    tensors = {}
+    for path, (U, V) in zip(paths, factors.values(), strict=True):
+        tensors[f"base_model.model.{path}.lora_A.weight"] = _padded(V, served, 0)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = _padded(U, served, 1)
+    with new_folder(out) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+        (folder / "README.md").write_text(_card(base, deltas, error), "utf-8")
+    return error
+
+
+def _padded(x: Tensor, rank: int, dim: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat([x, x.new_zeros(shape)], dim).contiguous()
+
+
+def _card(base: str, deltas: Sequence[Delta], error: float) -> str:
+    """What was edited, for the adapter's page."""
+    lines = ["---", f"base_model: {base}", "library_name: peft", "---", "", "# Edited facts", ""]
+    lines += [f"- {e['prompt'].replace('{}', e['subject'])} → {e['target']}" for delta in deltas for e in delta.metadata["edits"]]
+    return "\n".join([*lines, "", f"Written with ROSE. Largest relative error of a weight's change by compression: {error:.1e}.", ""])
