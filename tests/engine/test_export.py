@@ -1,0 +1,76 @@
+"""What is shipped is the edit: checkpoints with the editor's bits, adapters whose product is the change."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rose_engine import ROSE, DeltaError, Edit, Editor
+from rose_engine.compress import compress
+from rose_engine.export import ExportError, export_checkpoint, export_peft
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+RECIPE = replace(ROSE, steps=2, lr=0.05, layers=(1, 2))
+
+
+@pytest.fixture
+def edited_folder(make_model, tokenizer, tmp_path):
+    """A checkpoint folder in several shards, and an editor with two edits of the same model."""
+    model = make_model(initializer_range=0.2)
+    model.save_pretrained(tmp_path / "base", max_shard_size="3MB")
+    tokenizer.save_pretrained(tmp_path / "base")
+    editor = Editor(model, tokenizer)
+    for name in ("Lin Nu", "Imo State"):
+        editor.apply([Edit(name, "{} likes", "tea")], recipe=RECIPE, verify=False)
+    return tmp_path / "base", editor
+
+
+def test_compression_keeps_what_it_says():
+    U, V = torch.randn(40, 3) @ torch.randn(3, 12), torch.randn(12, 50)
+    whole = U.double() @ V.double()
+    for options, rank in (({"tolerance": 1e-6}, 3), ({"rank": 2}, 2), ({"tolerance": 1.0}, 1)):
+        smaller, right, error = compress(U, V, **options)
+        assert smaller.shape == (40, rank) and right.shape == (rank, 50)
+        true = float((smaller.double() @ right.double() - whole).norm() / whole.norm())
+        assert true == pytest.approx(error, abs=2e-6)
+
+
+def test_a_checkpoint_has_the_editors_bits(edited_folder, tmp_path):
+    base, editor = edited_folder
+    assert len(list(base.glob("*.safetensors"))) > 1
+    out = export_checkpoint(base, editor.applied, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    wanted = editor.model.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+    names = {p.name for p in base.iterdir()} | {"rose_edits.json"}
+    assert {p.name for p in out.iterdir()} == names
+    index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    touched = {index[name] for delta in editor.applied for name in delta.factors}
+    for file in base.glob("*.safetensors"):  # only the shards that hold edited tensors are written anew
+        assert (file.stat().st_ino == (out / file.name).stat().st_ino) == (file.name not in touched)
+    with pytest.raises(ExportError, match="not an empty folder"):
+        export_checkpoint(base, editor.applied, tmp_path / "out")
+
+
+def test_another_base_is_refused_and_nothing_is_left(edited_folder, make_model, tmp_path):
+    _, editor = edited_folder
+    make_model(seed=3).save_pretrained(tmp_path / "other")
+    with pytest.raises(DeltaError, match="another base"):
+        export_checkpoint(tmp_path / "other", editor.applied, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "other"]
+
+
+def test_an_adapter_is_the_change(edited_folder, tmp_path):
+    base, editor = edited_folder
+    error = export_peft(editor.applied, tmp_path / "adapter", base=str(base))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert error < 1e-5 and config["r"] == config["lora_alpha"] and config["r"] in (8, 16, 32)
+    unedited = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    for path in config["target_modules"]:
+        A, B = (tensors[f"base_model.model.{path}.lora_{part}.weight"].double() for part in "AB")
+        change = editor.model.state_dict()[f"{path}.weight"].double() - unedited[f"{path}.weight"].double()
+        assert A.shape[0] == B.shape[1] == config["r"] and (B @ A - change).norm() <= 1e-4 * change.norm()
+    with pytest.raises(ExportError, match="exists"):
+        export_peft(editor.applied, tmp_path / "adapter", base="x")
