@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(IndexError, match="start"):
         suffixes([2, 3], [3, 1], 9).check(4, 9)
     with pytest.raises(IndexError, match="prefix_length"):
-        suffixes([2], [1], 3).check(2, 0)
+        suffixes([2], [1], 1).check(2, 0)
     with pytest.raises(ValueError, match="multiple of 16"):
         layer.rms_norm(torch.randn(4, 0), torch.ones(0), 1e-5)
     with pytest.raises(ValueError, match="evenly"):
