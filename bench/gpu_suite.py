@@ -10,20 +10,19 @@ Exit code 1 where a kernel is wrong.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.kernels import bench_aggregate, bench_inject, bench_rank_update, bench_target_nll
 from bench.kernels.common import measure, table
+from bench.output import emit
 from rose_kernels import aggregate_step_, backend, inject, rank_update_, reference, row_gradients, target_nll
 
 BENCHMARKS = (bench_inject, bench_aggregate, bench_target_nll, bench_rank_update)
@@ -109,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = run(not gpu, torch.device("cuda" if gpu else "cpu"), args.compile)
     print(table(result["kernels"]))
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        emit(result, args.out, "")
     return 0 if all(v["ok"] for v in result["checks"]) else 1
 
 

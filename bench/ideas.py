@@ -10,7 +10,6 @@ every token, the library's layers, PyTorch's products. Preparation and the write
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -27,6 +26,7 @@ from rose_engine.forward import pack, prepare, run_tree, suffix_step
 from rose_engine.optimize import STEP_TOKENS, subject_rows
 from rose_engine.packing import inputs, split_rows
 
+from bench.output import add_json, emit
 from bench.speed import facts_of
 from rose_kernels import layer, native, rank_update_
 
@@ -153,15 +153,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2", help="Hugging Face id, folder, or smollm2")
     parser.add_argument("--facts", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_const", const="-", help="print JSON")
+    add_json(parser)
     args = parser.parse_args(argv)
     found = savings(args.model, args.facts, args.repeats)
-    if args.json:
-        print(json.dumps([vars(saving) for saving in found]))
-    else:
-        print("| idea | of | with, ms | without, ms | saves |\n|---|---|---|---|---|")
-        for s in found:
-            print(f"| {s.idea} | {s.of} | {s.with_ms:.1f} | {s.without_ms:.1f} | {s.without_ms / s.with_ms:.1f}x |")
+    lines = ["| idea | of | with, ms | without, ms | saves |\n|---|---|---|---|---|"]
+    lines += [f"| {s.idea} | {s.of} | {s.with_ms:.1f} | {s.without_ms:.1f} | {s.without_ms / s.with_ms:.1f}x |" for s in found]
+    emit([vars(saving) for saving in found], args.json, "\n".join(lines))
     return 0
 
 

@@ -17,7 +17,6 @@ with `bench.memory`, in a process of its own.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +25,8 @@ from rose_engine.edits import group_by_subject
 from rose_engine.forward import OUTPUT_ROWS
 from rose_engine.optimize import BATCH_TOKENS, STEP_TOKENS, batches_of, subject_rows
 from rose_engine.packing import build_tree, inputs, split_rows
+
+from bench.output import add_json, emit
 
 
 def predict(editor, edits: Sequence, recipe) -> dict[str, float]:
@@ -64,14 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--facts", type=int, default=4)
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto")
     parser.add_argument("--steps", type=int, default=3, help="the peak is reached in the first")
-    parser.add_argument("--json", action="store_const", const="-", help="print JSON")
+    add_json(parser)
     args = parser.parse_args(argv)
     result = compare(args)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for name, mb in result.items():
-            print(f"{name:14s} {mb:8.1f}")
+    emit(result, args.json, "\n".join(f"{name:14s} {mb:8.1f}" for name, mb in result.items()))
     return 0
 
 

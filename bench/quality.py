@@ -11,17 +11,16 @@ the unedited model's.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import fmean
 
 from rose_engine import ROSE, Editor, Recipe
 
 from bench.datasets.s2rke import Dataset, SubjectCases, load
 from bench.metrics import Outcome, Probe, chat_probe, contains, generate, plain_probe, teacher_forced
+from bench.output import add_json, emit
 
 METRICS = ("efficacy", "paraphrase", "instructed", "instructed_generated", "locality", "locality_instructed")
 
@@ -108,19 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--subjects", type=int, default=20, help="how many subjects of the file, from its start")
     parser.add_argument("--dtype", default=None, help="float32, bfloat16, float16 or auto; default: the checkpoint's")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", default=None, metavar="FILE", help="write the result as JSON, - for standard output")
+    add_json(parser)
     args = parser.parse_args(argv)
     editor = Editor.from_pretrained(args.model, dtype=args.dtype, device=args.device)
     data = load(args.data, args.subjects)
     table = percent(evaluate(editor, data, recipes_of(args.recipes, editor), lambda line: print(line, file=sys.stderr, flush=True)))
-    if args.json == "-":
-        print(json.dumps(table))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(table, indent=1) + "\n")
-    else:
-        print(f"{'':12s}" + "".join(f"{metric:>22s}" for metric in METRICS))
-        for name, metrics in table.items():
-            print(f"{name:12s}" + "".join(f"{metrics.get(metric, float('nan')):22.1f}" for metric in METRICS))
+    lines = [f"{'':12s}" + "".join(f"{metric:>22s}" for metric in METRICS)]
+    lines += [f"{name:12s}" + "".join(f"{metrics.get(m, float('nan')):22.1f}" for m in METRICS) for name, metrics in table.items()]
+    emit(table, args.json, "\n".join(lines))
     return 0
 
 

@@ -21,11 +21,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+
+from bench.output import add_json, emit
 
 METHODS = ("memit_merge", "rose_naive", "rose", "rose_auto")
 ENGINE = ("rose", "rose_auto")
@@ -188,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--random-weights", metavar="CONFIG", help="make a model of this configuration; --model gives the tokenizer")
     parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", default=None, metavar="FILE", help="write the result as JSON, - for standard output")
+    add_json(parser)
     parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
@@ -207,13 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs.append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{repeat + 1}/{args.repeats} {method}: {runs[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
     result = summary(runs, methods)
-    if args.json == "-":
-        print(json.dumps(result))
-    elif args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    else:
-        print(table(result, methods))
+    emit(result, args.json, table(result, methods))
     return 0
 
 

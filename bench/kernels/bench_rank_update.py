@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.kernels.common import Case, device_name, emit, seconds
+from bench.kernels.common import Case, device_name, seconds
 from bench.memory import Memory
+from bench.output import add_json, emit
 from rose_kernels import add_low_rank_, rank_update_
 from rose_kernels.backend import serving
 
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.kernels.bench_rank_update", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", metavar="FILE", help="write the results as JSON, - for standard output")
+    add_json(parser)
     parser.add_argument("--shapes", default="", metavar="NAME", help="only shapes whose name holds this")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

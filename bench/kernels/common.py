@@ -8,16 +8,16 @@ works and nothing about speed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench.output import add_json, emit
 
 # (bytes a second, bf16 and fp32 multiply-adds x 2 a second): NVIDIA's data sheets, dense rates, fp32 without tensor cores.
 DEVICES = {
@@ -92,20 +92,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def emit(result: dict[str, Any], where: str | None, text: str) -> None:
-    """Print a result as JSON where `where` is -, write it as JSON into the file that it names, or print `text` where it is None."""
-    if where == "-":
-        print(json.dumps(result))
-    elif where:
-        Path(where).write_text(json.dumps(result) + "\n")
-    else:
-        print(text)
-
-
 def main(cases: Callable[[torch.device, bool], Iterable[Case]], description: str | None, argv: Sequence[str] | None = None) -> int:
     """The command line of a kernel benchmark. cases(device, small) yields its cases."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the results as JSON, - for standard output")
+    add_json(parser)
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the plain version")
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available()

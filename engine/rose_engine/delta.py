@@ -1,7 +1,8 @@
 """Delta: what an edit changed, as low-rank factors of each edited weight, with all that is needed to trust and repeat it.
 
 One safetensors file: for each edited weight NAME the float32 tensors `NAME.U` [d_out, n] and `NAME.V` [n, d_in], whose product was added,
-and the metadata as JSON under the header key `rose`. Nothing in a file is ever executed, and everything is checked before use.
+`NAME.K` [d_in, m], the keys at which it was wanted, and the metadata as JSON under the header key `rose` (docs/delta-format.md).
+Nothing in a file is ever executed, and everything is checked before use.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,27 @@ class DeltaError(ValueError):
 
 @dataclass(frozen=True)
 class Delta:
-    """Factors of each edited weight by state-dict name: (U [d_out, n], V [n, d_in]), float32, and metadata.
+    """By the state-dict name of each edited weight its factors (U [d_out, n], V [n, d_in]) and its keys [d_in, m], float32; and metadata.
 
     metadata: JSON values. `base` holds, for each edited weight of the model the delta was made on, name, shape, dtype and SHA-256;
     `parents` the ids of the deltas that were in the weights then; `edits`, `recipe`, `report`, `versions` and `created` say what
-    was done.
+    was done. `subjects` and `columns` [m] say which subject each key is of. keys: of all weights or, where the change is all that is
+    kept, of none.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
     metadata: Mapping[str, Any]
+    keys: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def subjects(self) -> list[str]:
+        """The subjects that were edited."""
+        return self.metadata.get("subjects", [])
+
+    @property
+    def columns(self) -> list[int]:
+        """For each column of the keys, its subject's place in `subjects`."""
+        return self.metadata.get("columns", [])
 
     @cached_property
     def id(self) -> str:
@@ -53,14 +66,16 @@ class Delta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the factors."""
-        return sum(U.nbytes + V.nbytes for U, V in self.factors.values())
+        """Bytes of the factors and the keys."""
+        return sum(x.nbytes for x in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"{name}.{part}": x for name, factors in self.factors.items() for part, x in zip("UV", factors, strict=True)}
+        return tensors | {f"{name}.K": x for name, x in self.keys.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the file; it appears whole or not at all."""
-        tensors = {}
-        for name, (U, V) in self.factors.items():
-            tensors[f"{name}.U"], tensors[f"{name}.V"] = U.contiguous().cpu(), V.contiguous().cpu()
+        tensors = {name: x.contiguous().cpu() for name, x in self._tensors().items()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={HEADER: json.dumps(dict(self.metadata), ensure_ascii=False, allow_nan=False)})
 
@@ -71,14 +86,15 @@ class Delta:
             with safe_open(str(path), framework="pt") as f:
                 metadata = _metadata(f.metadata(), path)
                 names = [record["name"] for record in metadata["base"]]
-                if sorted(f.keys()) != sorted(f"{name}.{part}" for name in names for part in "UV"):
-                    raise DeltaError(f"{path}: its tensors are not the factors U and V of the weights it names")
-                factors = {name: (f.get_tensor(f"{name}.U"), f.get_tensor(f"{name}.V")) for name in names}
+                parts = "UVK" if "columns" in metadata else "UV"
+                if sorted(f.keys()) != sorted(f"{name}.{part}" for name in names for part in parts):
+                    raise DeltaError(f"{path}: its tensors are not {', '.join(parts)} of the weights it names")
+                read = {name: [f.get_tensor(f"{name}.{part}") for part in parts] for name in names}
         except SafetensorError as e:
             raise DeltaError(f"{path}: is not a safetensors file: {e}") from e
         for record in metadata["base"]:
-            _check_factors(*factors[record["name"]], record, path)
-        return cls(factors, metadata)
+            _check_tensors(read[record["name"]], record, len(metadata.get("columns", ())), path)
+        return cls({n: (U, V) for n, (U, V, *_) in read.items()}, metadata, {n: K[0] for n, (_, _, *K) in read.items() if K})
 
 
 def _metadata(header: dict[str, str] | None, path: str | Path) -> dict[str, Any]:
@@ -93,6 +109,7 @@ def _metadata(header: dict[str, str] | None, path: str | Path) -> dict[str, Any]
     parents = metadata.get("parents")
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         raise DeltaError(f"{path}: does not say which edits it stands on")
+    _check_facts(metadata, path)
     base = metadata.get("base")
     keys = {"name": str, "shape": list, "dtype": str, "sha256": str}
     if not isinstance(base, list) or not base:
@@ -107,14 +124,27 @@ def _metadata(header: dict[str, str] | None, path: str | Path) -> dict[str, Any]
     return metadata
 
 
-def _check_factors(U: Tensor, V: Tensor, record: Mapping[str, Any], path: str | Path) -> None:
-    name, shape = record["name"], tuple(record["shape"])
-    if U.dtype != torch.float32 or V.dtype != torch.float32:
-        raise DeltaError(f"{path}: the factors of `{name}` are {U.dtype} and {V.dtype}, not float32")
+def _check_facts(metadata: Mapping[str, Any], path: str | Path) -> None:
+    edits = metadata.get("edits")
+    if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in edits):
+        raise DeltaError(f"{path}: does not say which edits it holds")
+    columns, subjects = metadata.get("columns", []), metadata.get("subjects", [])
+    if not isinstance(subjects, list) or not all(isinstance(s, str) for s in subjects) or not isinstance(columns, list):
+        raise DeltaError(f"{path}: does not say whose its keys are")
+    if any(type(c) is not int or not 0 <= c < len(subjects) for c in columns):
+        raise DeltaError(f"{path}: a key is of no subject that it names")
+
+
+def _check_tensors(tensors: list[Tensor], record: Mapping[str, Any], columns: int, path: str | Path) -> None:
+    name, shape, (U, V, *K) = record["name"], tuple(record["shape"]), tensors
+    if any(x.dtype != torch.float32 for x in tensors):
+        raise DeltaError(f"{path}: the tensors of `{name}` are {', '.join(str(x.dtype) for x in tensors)}, not float32")
     if U.dim() != 2 or V.dim() != 2 or (U.shape[0], V.shape[1]) != shape or U.shape[1] != V.shape[0] or not U.shape[1]:
         raise DeltaError(f"{path}: factors {list(U.shape)} and {list(V.shape)} do not make `{name}` {list(shape)}")
-    if not (torch.isfinite(U).all() and torch.isfinite(V).all()):
-        raise DeltaError(f"{path}: the factors of `{name}` hold NaN or Inf")
+    if K and K[0].shape != (shape[1], columns):
+        raise DeltaError(f"{path}: keys {list(K[0].shape)} of `{name}` are not [{shape[1]}, {columns}]")
+    if not all(torch.isfinite(x).all() for x in tensors):
+        raise DeltaError(f"{path}: the tensors of `{name}` hold NaN or Inf")
 
 
 def _bytes(x: Tensor):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,7 +21,9 @@ from rose_engine.delta import FORMAT, Delta, DeltaError, fingerprint
 from rose_engine.dtype import dtype_of
 from rose_engine.edits import Edit, EditError, check_consistent, group_by_subject
 from rose_engine.forms import bystander_rows, chat_parts
+from rose_engine.memory import Memory, with_earlier
 from rose_engine.optimize import Progress, optimize_values, subject_rows
+from rose_engine.precondition import Protected
 from rose_engine.recipe import Recipe, preset
 from rose_engine.verify import UNRELATED, Report, compare, snapshot
 from rose_engine.write import all_or_nothing, write_layers
@@ -69,6 +72,7 @@ class Editor:
         self._base: dict[str, Tensor] = {}
         self._base_record: dict[str, dict[str, Any]] = {}
         self._applied: list[Delta] = []
+        self._memory = Memory()
 
     @classmethod
     def from_pretrained(
@@ -107,6 +111,8 @@ class Editor:
     ) -> Result:
         """Write edits into the model: all of them, or none where an exception is raised.
 
+        A recipe whose `sequential` is "joint" leaves what earlier edits wrote where it is, and optimises a subject that was edited before
+        with all its facts; of two targets for one prompt the later replaces the earlier.
         verify: read the facts and the `unrelated` prompts before and after. EditError names an edit that cannot be used;
         FloatingPointError where the optimisation diverges; ValueError where the weights' system cannot be solved.
         """
@@ -116,7 +122,9 @@ class Editor:
         if recipe.last_layer >= len(self.decoder.layers) - 1:
             raise ValueError(f"layer {recipe.last_layer} cannot be edited: the model has {len(self.decoder.layers)} layers")
         check_consistent(edits)
-        subjects = group_by_subject(edits)
+        joint = recipe.sequential == "joint"
+        subjects = group_by_subject(with_earlier(self._applied, edits) if joint else edits)
+        names = [subject.name for subject in subjects]
         clock = _Clock()
         plans = [subject_rows(self.decoder, self.tokenizer, subject, recipe) for subject in subjects]
         clock("prepare")
@@ -128,22 +136,26 @@ class Editor:
         owner = [s for s, plan in enumerate(plans) for _ in plan.facts]
         bystanders = bystander_rows(edits, self.tokenizer, recipe.bystanders) if recipe.bystanders else []
         with all_or_nothing(self.weights(recipe.layers).values()):
-            factors = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe, bystanders)
+            earlier = partial(self._earlier, names, recipe.ridge) if joint else lambda name: None
+            written = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe, bystanders, earlier)
             clock("write")
             after = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
             report = compare(edits, unrelated, before, after) if before and after else None
             clock("verify")
             metadata = {
                 "format": FORMAT,
-                "base": [self._base_record[name] for name in factors],
+                "base": [self._base_record[name] for name in written.factors],
                 "parents": [delta.id for delta in self._applied],
                 "edits": [edit.as_dict() for edit in edits],
+                "subjects": names,
+                "columns": written.columns,
                 "recipe": recipe.as_dict(),
                 "report": report.as_dict() if report else None,
                 "versions": versions(),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            delta = Delta({name: (U.cpu(), V.cpu()) for name, (U, V) in factors.items()}, metadata)
+            factors = {name: (U.cpu(), V.cpu()) for name, (U, V) in written.factors.items()}
+            delta = Delta(factors, metadata, {name: K.contiguous().cpu() for name, K in written.keys.items()})
             self._applied.append(delta)
         log.info("applied %d edits of %d subjects in %.2f s", len(edits), len(subjects), sum(clock.seconds.values()))
         return Result(delta, report, clock.seconds, values.steps.tolist(), values.loss.tolist())
@@ -222,6 +234,9 @@ class Editor:
         new = {name: weight.cpu().clone() for name, weight in self.weights(layers).items() if name not in self._base}
         self._base.update(new)
         self._base_record.update((record["name"], record) for record in fingerprint(new))
+
+    def _earlier(self, without: Sequence[str], ridge: float, name: str) -> Protected | None:
+        return self._memory.of(name, self._applied, without, ridge, self.decoder.embedding.weight.device)
 
     def _add(self, delta: Delta) -> None:
         weights = self.weights()

@@ -20,7 +20,8 @@ class Recipe:
     it to the last step.
     layers: the edited layers; the last is L. columns: "row" writes one key for each fact in a form, "mean" one for a subject.
     ridge: the identity's weight in eq. 10. bystanders: how many prompts about other subjects the write keeps from moving
-    (`precondition.Protected`); 0 is the paper's identity alone.
+    (`precondition.Protected`); 0 is the paper's identity alone. sequential: "joint" solves a write together with all earlier ones
+    (`memory`) and does a subject's earlier facts again with its new ones; "plain" does neither.
     """
 
     name: str = "rose"
@@ -35,12 +36,15 @@ class Recipe:
     columns: Literal["row", "mean"] = "row"
     ridge: float = 1.0
     bystanders: int = 0
+    sequential: Literal["joint", "plain"] = "joint"
 
     def __post_init__(self):
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise ValueError(f"layers must be ascending layer numbers, given {self.layers}")
         if self.columns not in ("row", "mean"):
             raise ValueError(f"columns must be 'row' or 'mean', given {self.columns!r}")
+        if self.sequential not in ("joint", "plain"):
+            raise ValueError(f"sequential must be 'joint' or 'plain', given {self.sequential!r}")
         for name in ("steps", "lr", "clamp", "ridge"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, given {getattr(self, name)}")

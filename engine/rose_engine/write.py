@@ -3,13 +3,15 @@
 At layer l the columns are the rows' keys k_i (input of the edited projection at the subject's last token) and residuals
 (z_i - h_i) / (edited layers from l to L), read from the model as the layers before l left it. Rows whose texts agree up to the subject's
 last token have one key and one residual; they are one column weighted by the square root of their number, which is the
-same update with a smaller system. The keys of bystanders, texts that the edit must not touch, enter the preconditioner.
+same update with a smaller system. The keys of earlier edits and of bystanders, texts that the edit must not touch, enter the
+preconditioner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +21,21 @@ from rose_engine.architecture import Decoder
 from rose_engine.attention import TreeAttention
 from rose_engine.forms import Row
 from rose_engine.forward import run_layers, run_tree, tree_on
-from rose_engine.precondition import protected
+from rose_engine.precondition import Protected, protect
 from rose_engine.recipe import Recipe
 from rose_kernels import forget_refused, raise_refused, rank_update_
 
 # U [d_out, n] and V [n, d_in], float32; the weight changed by U V.
 Factors = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Of each weight by its name the factors (U, V) and the keys K [d_in, m] float32; columns [m]: the subject of each key."""
+
+    factors: dict[str, Factors]
+    keys: dict[str, Tensor]
+    columns: list[int]
 
 
 @contextmanager
@@ -48,13 +59,14 @@ def write_layers(
     delta: Tensor,
     recipe: Recipe,
     bystanders: Sequence[Row] = (),
-) -> dict[str, Factors]:
-    """Write the subjects' values into the edited layers, in place; returns each weight's factors (U, V) by its name.
+    earlier: Callable[[str], Protected | None] = lambda name: None,
+) -> Written:
+    """Write the subjects' values into the edited layers, in place.
 
     rows: the facts' rows; subject [rows]: the subject of each. wanted [rows, d] float32: the unedited hidden state after layer L at
     each row's subject token, to which delta [S, d] of its subject is added: z_i. bystanders: rows of which every token's key
-    is protected. ValueError where a system cannot be solved; run it within `all_or_nothing`, for earlier layers are
-    written by then.
+    is protected. earlier(name): what earlier edits protect of a weight. ValueError where a system cannot be solved; run it within
+    `all_or_nothing`, for earlier layers are written by then.
     """
     forget_refused()
     device = wanted.device
@@ -66,10 +78,10 @@ def write_layers(
     root = on([float(len(rows)) for rows in columns.values()]).sqrt()
 
     layers, last = recipe.layers, recipe.last_layer
-    protect = _keys(decoder, bystanders, layers) if bystanders else {}
+    others = _keys(decoder, bystanders, layers) if bystanders else {}
     hidden = run_tree(decoder, tree, range(layers[0]))
     attention = TreeAttention(tree, torch.arange(len(tree.token), device=device))
-    written = {}
+    written = Written({}, {}, list(range(len(delta))) if recipe.columns == "mean" else owner.tolist())
     for i, layer in enumerate(layers):
         with _reading(decoder, [layer]) as keys:
             reached = run_layers(decoder, hidden, tree.position, range(layer, last + 1), attention)
@@ -77,8 +89,13 @@ def write_layers(
         K, R = (keys[layer][node].float() * root[:, None]).T, (residual * root[:, None]).T
         if recipe.columns == "mean":
             K, R = _mean_columns(K, R, root, owner)
-        P = protected(K, protect[layer], recipe.ridge) if protect else None
-        written[decoder.weight_name(layer)] = rank_update_(decoder.projection(layer).weight.data, K, R, P, recipe.ridge)
+        name = decoder.weight_name(layer)
+        held = earlier(name)
+        if others:
+            held = held.joined(others[layer]) if held else protect(others[layer], recipe.ridge)
+        P = held.apply(K) if held else None
+        written.factors[name] = rank_update_(decoder.projection(layer).weight.data, K, R, P, recipe.ridge)
+        written.keys[name] = K
         if layer != last:
             hidden = run_layers(decoder, hidden, tree.position, range(layer, layers[i + 1]), attention)
     raise_refused()

@@ -14,15 +14,18 @@ NAME = "model.layers.4.mlp.down_proj.weight"
 def make(n: int = 3) -> Delta:
     weight = torch.randn(6, 10)
     factors = {NAME: (torch.randn(6, n), torch.randn(n, 10))}
-    return Delta(factors, {"format": 1, "base": fingerprint({NAME: weight}), "parents": [], "edits": [{"subject": "{🙂}\n"}]})
+    facts = {"edits": [{"subject": "{🙂}\n"}], "subjects": ["{🙂}\n", "b"], "columns": [0, 1, 0, 0]}
+    metadata = {"format": 1, "base": fingerprint({NAME: weight}), "parents": [], **facts}
+    return Delta(factors, metadata, {NAME: torch.randn(10, 4)})
 
 
 def test_round_trip(tmp_path):
     delta = make()
     delta.save(tmp_path / "new" / "d.safetensors")
     read = Delta.load(tmp_path / "new" / "d.safetensors")
-    assert read.metadata == delta.metadata and read.nbytes == delta.nbytes == 4 * 3 * 16
+    assert read.metadata == delta.metadata and read.nbytes == delta.nbytes == 4 * (3 * 16 + 10 * 4)
     assert all(torch.equal(a, b) for a, b in zip(read.factors[NAME], delta.factors[NAME], strict=True))
+    assert torch.equal(read.keys[NAME], delta.keys[NAME]) and read.columns == [0, 1, 0, 0]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["d.safetensors"]
 
 
@@ -46,7 +49,7 @@ def test_truncated_files(tmp_path, cut):
 def broken(change):
     delta = make()
     metadata = json.loads(json.dumps(dict(delta.metadata)))
-    tensors = {f"{NAME}.U": delta.factors[NAME][0], f"{NAME}.V": delta.factors[NAME][1]}
+    tensors = {f"{NAME}.U": delta.factors[NAME][0], f"{NAME}.V": delta.factors[NAME][1], f"{NAME}.K": delta.keys[NAME]}
     change(metadata, tensors)
     return tensors, metadata
 
@@ -61,11 +64,19 @@ def broken(change):
         (lambda m, t: m["base"][0].update(shape=[6]), "not that of a matrix"),
         (lambda m, t: m["base"].append(m["base"][0]), "twice"),
         (lambda m, t: m["base"][0].update(shape=[6, 11]), "do not make"),
-        (lambda m, t: t.pop(f"{NAME}.U"), "not the factors"),
-        (lambda m, t: t.update(other=torch.zeros(1)), "not the factors"),
+        (lambda m, t: t.pop(f"{NAME}.U"), "are not U, V, K"),
+        (lambda m, t: t.update(other=torch.zeros(1)), "are not U, V, K"),
         (lambda m, t: t.update({f"{NAME}.U": torch.randn(6, 2)}), "do not make"),
         (lambda m, t: t.update({f"{NAME}.U": torch.randn(6, 3).double()}), "not float32"),
         (lambda m, t: t[f"{NAME}.V"].fill_(float("nan")), "NaN or Inf"),
+        (lambda m, t: t[f"{NAME}.K"].fill_(float("inf")), "NaN or Inf"),
+        (lambda m, t: m.pop("edits"), "which edits"),
+        (lambda m, t: m.update(edits=["a"]), "which edits"),
+        (lambda m, t: m.pop("columns"), "are not U, V of"),
+        (lambda m, t: m["columns"].append(0), "not \\[10, 5"),
+        (lambda m, t: m["columns"].__setitem__(0, 2), "of no subject"),
+        (lambda m, t: m["columns"].__setitem__(0, True), "of no subject"),
+        (lambda m, t: m.update(subjects=[1, "b"]), "whose"),
     ],
 )
 def test_inconsistent_files(tmp_path, change, message):

@@ -61,7 +61,7 @@ def test_write_equals_the_method(make_model, tokenizer, columns, bystanders):
     wanted = torch.stack([keys_and_hidden(plain, row, LAYERS[0], LAYERS[-1])[1] for row in rows]).float()
     others = bystander_rows((*IMO, *MARTEAU), tokenizer, bystanders) if bystanders else []
     protect = {layer: every_key(plain, others, layer) for layer in LAYERS} if others else {}
-    factors = write_layers(decoder, rows, owner, wanted, delta, recipe, others)
+    factors = write_layers(decoder, rows, owner, wanted, delta, recipe, others).factors
 
     z = wanted.double() + delta.double()[torch.tensor(owner)]
     for i, layer in enumerate(LAYERS):
@@ -90,7 +90,7 @@ def test_rows_that_begin_alike_are_one_column(make_model, tokenizer):
     rows = subject_rows(decoder, tokenizer, group_by_subject(ALIKE)[0], recipe).facts
     distinct = len({row.tokens[: row.last + 1] for row in rows})
     assert distinct < len(rows)
-    factors = write_layers(decoder, rows, [0] * len(rows), torch.randn(len(rows), 32), torch.randn(1, 32), recipe)
+    factors = write_layers(decoder, rows, [0] * len(rows), torch.randn(len(rows), 32), torch.randn(1, 32), recipe).factors
     assert {U.shape[1] for U, _ in factors.values()} == {distinct}
 
 
@@ -106,7 +106,7 @@ def test_protected_texts_move_less(make_model, tokenizer):
         Kp = every_key(model, others, LAYERS[0])
         torch.manual_seed(1)
         arguments = (rows, [0] * len(rows), torch.randn(len(rows), 32), torch.randn(1, 32), recipe)
-        [(U, V)] = write_layers(decoder, *arguments, others if protected else ()).values()
+        [(U, V)] = write_layers(decoder, *arguments, others if protected else ()).factors.values()
         felt[protected] = float((U.double() @ (V.double() @ Kp)).norm())
     assert felt[True] < 0.5 * felt[False]
 

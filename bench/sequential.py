@@ -1,0 +1,115 @@
+"""Sequential edits: subject after subject into one model, and what is left of all of them.
+
+    python -m bench.sequential --model smollm2 --data same_subject_dev.json --edits 40 --json -
+
+Each subject is one edit of all its facts. After 5, 10, 20 and 40 of them, all subjects so far are asked (`instructed`, teacher-forced,
+percent) and their neighbours compared with the unedited model (`locality`, percent). plain: each write sees only the weights as
+they are. joint: each write is solved together with the earlier ones (`rose_engine.memory`). batch: all subjects in one `apply`, at the end.
+vanilla: no edit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import fmean
+
+from rose_engine import Editor, Recipe
+
+from bench.datasets.s2rke import Dataset, SubjectCases, load
+from bench.metrics import Outcome, Probe
+from bench.output import add_json, emit
+from bench.quality import probes_of, read
+
+COUNTS = (5, 10, 20, 40, 80, 160)
+METRICS = ("instructed", "locality")
+
+Table = dict[str, dict[str, float]]
+
+
+def measure(editor: Editor, probes: Sequence[dict[str, list[Probe]]], unedited: Sequence[dict[str, list[Outcome]]]) -> dict[str, float]:
+    """Means over subjects in percent, of the model as it is now."""
+    values: dict[str, list[float]] = {metric: [] for metric in METRICS}
+    for asked, before in zip(probes, unedited, strict=True):
+        now = read(editor, asked)
+        if asked["instructed"]:
+            values["instructed"].append(fmean(outcome.success for outcome in now["instructed"]))
+        if asked["locality"]:
+            values["locality"].append(fmean(a.said == b.said for a, b in zip(now["locality"], before["locality"], strict=True)))
+    return {metric: round(100 * fmean(values[metric]), 2) for metric in METRICS if values[metric]}
+
+
+def sequence(
+    editor: Editor,
+    subjects: Sequence[SubjectCases],
+    recipe: Recipe | None,
+    at: Sequence[int],
+    read_now: Callable[[int], dict[str, float]],
+    note: Callable[[str], None],
+) -> Table:
+    """Edit subject after subject (None: no edit), measuring after each number in `at`; the model is then as before."""
+    table: Table = {}
+    for number, subject in enumerate(subjects, 1):
+        began = time.perf_counter()
+        if recipe is not None:
+            editor.apply([case.edit for case in subject.cases], recipe=recipe, verify=False)
+            note(f"{number}/{len(subjects)}: {time.perf_counter() - began:.1f} s")
+        if number in at:
+            table[str(number)] = read_now(number)
+            note(f"{number}: {table[str(number)]}")
+    editor.restore([])
+    return table
+
+
+def evaluate(editor: Editor, data: Dataset, recipe: Recipe, note: Callable[[str], None] = lambda line: None) -> dict[str, Table]:
+    """The four tables, each a number of subjects -> metric -> percent."""
+    subjects, count = data.subjects, len(data.subjects)
+    probes = [probes_of(editor.tokenizer, subject, data) for subject in subjects]
+    for asked in probes:  # read again and again: only what is told
+        for metric in asked.keys() - set(METRICS):
+            asked[metric] = []
+    unedited = [read(editor, asked) for asked in probes]
+    at = [n for n in COUNTS if n < count] + [count]
+    read_now = lambda n: measure(editor, probes[:n], unedited[:n])  # noqa: E731
+    results = {"vanilla": sequence(editor, subjects, None, at, read_now, note)}
+    for name in ("plain", "joint"):
+        tell = lambda line, name=name: note(f"{name} {line}")  # noqa: E731
+        results[name] = sequence(editor, subjects, replace(recipe, sequential=name), at, read_now, tell)
+    began = time.perf_counter()
+    editor.apply([case.edit for subject in subjects for case in subject.cases], recipe=recipe, verify=False)
+    results["batch"] = {str(count): read_now(count)}
+    note(f"batch of {count}: {time.perf_counter() - began:.1f} s, {results['batch'][str(count)]}")
+    editor.restore([])
+    return {name: results[name] for name in ("plain", "joint", "batch", "vanilla")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.sequential", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a same-subject file (S2RKE schema)")
+    parser.add_argument("--model", default="smollm2", help="Hugging Face id, folder, or smollm2")
+    parser.add_argument("--edits", type=int, default=40, help="how many subjects of the file, from its start")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16, float16 or auto; default: the checkpoint's")
+    parser.add_argument("--device", default="cpu")
+    add_json(parser)
+    args = parser.parse_args(argv)
+    editor = Editor.from_pretrained(args.model, dtype=args.dtype, device=args.device)
+    note = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    results = evaluate(editor, load(args.data, args.edits), editor.recipe, note)
+    emit(results, args.json, table_of(results))
+    return 0
+
+
+def table_of(results: dict[str, Table]) -> str:
+    """The four tables as lines of text."""
+    rows = [("", *(f"{metric} {n}" for metric in METRICS for n in results["vanilla"]))]
+    for name, table in results.items():
+        cells = (table.get(n, {}).get(metric) for metric in METRICS for n in results["vanilla"])
+        rows.append((name, *("" if cell is None else f"{cell:.1f}" for cell in cells)))
+    return "\n".join("".join(f"{cell:>15s}" for cell in row) for row in rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,66 @@
+"""Memory: the keys that earlier edits wrote, which a later write leaves where they are.
+
+A write on top of others is a step of recursive least squares around the unedited weights: with the earlier keys K_o protected
+(C = ridge I + K_o K_o^T) and the residual still missing, R - dW_o K, the weights become what one write of all columns would have made,
+dW = R_all (ridge I + K_all^T K_all)^-1 K_all^T. The keys stand in the deltas; a subject that is edited again brings its earlier facts
+along, and its new columns replace the old ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from rose_engine.delta import Delta
+from rose_engine.edits import Edit, edit_from_dict
+from rose_engine.precondition import Protected, protect
+
+
+def with_earlier(deltas: Sequence[Delta], edits: Sequence[Edit]) -> list[Edit]:
+    """The edits of each subject in order, after the facts that the deltas hold of it; of two facts with one prompt the later counts."""
+    facts: dict[str, dict[str, list[Edit]]] = {edit.subject.strip(): {} for edit in edits}
+    for delta in deltas:
+        for record in delta.metadata["edits"]:
+            earlier = edit_from_dict(record, f"delta {delta.id[:8]}")
+            if (known := facts.get(earlier.subject.strip())) is not None:
+                known[earlier.prompt.strip()] = [earlier]
+    for edit in edits:  # one fact may be given with several questions
+        known = facts[edit.subject.strip()]
+        known[edit.prompt.strip()] = [e for e in known.get(edit.prompt.strip(), []) if any(e is other for other in edits)] + [edit]
+    return [edit for known in facts.values() for same in known.values() for edit in same]
+
+
+class Memory:
+    """The protected keys of the deltas in the weights, by weight: appended to while edits come, built anew where one has left."""
+
+    def __init__(self):
+        self._held: dict[str, tuple[list[tuple], Protected]] = {}
+
+    def of(self, name: str, deltas: Sequence[Delta], without: Collection[str], ridge: float, device: torch.device) -> Protected | None:
+        """The keys that the deltas wrote to the weight `name`, but not of the subjects in `without`; None where there are none.
+
+        A subject's columns are those of the last delta that has it. The same deltas give the same bits, whatever was asked before.
+        """
+        last = {subject: i for i, delta in enumerate(deltas) for subject in delta.subjects}
+        parts = []
+        for i, delta in enumerate(deltas):
+            stays = [last[subject] == i and subject not in without for subject in delta.subjects]
+            columns = tuple(c for c, s in enumerate(delta.columns) if stays[s])
+            if name in delta.keys and columns:
+                parts.append((delta.id, columns, delta.keys[name]))
+        asked = [(ridge, device, *part[:2]) for part in parts]
+        had, held = self._held.get(name, ([], None))
+        if held is None or asked[: len(had)] != had:
+            had, held = [], None
+        for _, columns, keys in parts[len(had) :]:
+            keys = _chosen(keys, columns).to(device)
+            held = held.joined(keys) if held else protect(keys, ridge)
+        if held is not None:
+            self._held[name] = asked, held
+        return held
+
+
+def _chosen(keys: Tensor, columns: tuple[int, ...]) -> Tensor:
+    return keys if len(columns) == keys.shape[1] else keys[:, list(columns)]
