@@ -61,7 +61,7 @@ class Delta:
         for name, factors in sorted(self.factors.items()):
             digest.update(name.encode())
             for factor in factors:
-                digest.update(_bytes(factor))
+                digest.update(tensor_bytes(factor))
         return digest.hexdigest()
 
     @property
@@ -147,7 +147,7 @@ def _check_tensors(tensors: list[Tensor], record: Mapping[str, Any], columns: in
         raise DeltaError(f"{path}: the tensors of `{name}` hold NaN or Inf")
 
 
-def _bytes(x: Tensor):
+def tensor_bytes(x: Tensor) -> Any:
     """The bytes of a tensor, row by row, as an array of uint8."""
     return x.detach().contiguous().cpu().view(torch.uint8).numpy()
 
@@ -159,7 +159,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> list[dict[str, Any]]:
             "name": name,
             "shape": list(weight.shape),
             "dtype": str(weight.dtype).removeprefix("torch."),
-            "sha256": hashlib.sha256(_bytes(weight)).hexdigest(),
+            "sha256": hashlib.sha256(tensor_bytes(weight)).hexdigest(),
         }
         for name, weight in weights.items()
     ]

@@ -1,7 +1,7 @@
 """Ship an edit: as a whole Hugging Face checkpoint, as a PEFT LoRA adapter, or as the edited tensors alone.
 
-A checkpoint is made from a base folder without a model in memory: shards that hold edited tensors are rewritten, every other file is
-linked or copied. All outputs appear whole or not at all.
+A checkpoint is made from a base folder without a model in memory: shards that hold edited tensors are copied and the tensors' bytes
+replaced, every other file is linked or copied. All outputs appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rose_engine.compress import compress_all, joined
-from rose_engine.delta import Delta, DeltaError, fingerprint
+from rose_engine.delta import Delta, DeltaError, fingerprint, tensor_bytes
+from rose_engine.files import replacing
 from rose_kernels import add_low_rank_
 
 # Ranks that adapter servers accept.
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 512)
+# Files of a checkpoint that hold the weights a second time, unedited; they are left out.
+OTHER_WEIGHTS = ("pytorch_model*", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data")
 
 
 class ExportError(ValueError):
@@ -52,7 +55,10 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 def edited(weight: Tensor, name: str, deltas: Sequence[Delta]) -> Tensor:
     """A base weight with the deltas written into it in their order: the editor's bits. DeltaError where the base is another one."""
-    record = next(r for delta in deltas for r in delta.metadata["base"] if r["name"] == name)
+    records = [r for delta in deltas for r in delta.metadata["base"] if r["name"] == name]
+    record = records[0]
+    if any(other != record for other in records):
+        raise DeltaError(f"the deltas belong to different bases: they do not agree on `{name}`")
     (ours,) = fingerprint({name: weight})
     if ours != record:
         what = next(key for key in ("shape", "dtype", "sha256") if ours[key] != record[key])
@@ -66,11 +72,14 @@ def edited(weight: Tensor, name: str, deltas: Sequence[Delta]) -> Tensor:
 
 
 def export_checkpoint(base: str | Path, deltas: Sequence[Delta], out: str | Path) -> Path:
-    """A copy of the checkpoint folder `base` with the deltas in its weights. Memory: one shard's tensors, mapped, and one weight twice.
+    """A copy of the checkpoint folder `base` with the deltas in its weights. Memory: one weight twice, whatever the size of a shard.
 
-    Only safetensors checkpoints, sharded or not. ExportError where an edited weight is not in it, DeltaError where it is another base.
+    Only safetensors checkpoints, sharded or not; weights in other formats are left out. A section of README.md and rose_edits.json say
+    what was edited. ExportError where an edited weight is not in it, DeltaError where it is another base.
     """
     base = Path(base)
+    if not deltas:
+        raise ExportError("there are no edits to export")
     places = _places(base)
     names = sorted({name for delta in deltas for name in delta.factors})
     missing = [name for name in names if name not in places]
@@ -80,17 +89,30 @@ def export_checkpoint(base: str | Path, deltas: Sequence[Delta], out: str | Path
     with new_folder(out) as folder:
         for file in sorted(p for p in base.rglob("*") if p.is_file()):
             relative = file.relative_to(base)
+            if any(relative.match(pattern) for pattern in OTHER_WEIGHTS):
+                continue
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            if str(relative) in touched:
-                with safe_open(str(file), framework="pt") as shard:
-                    tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - not a mapping
-                    metadata = shard.metadata()
-                tensors.update({name: edited(tensors[name], name, deltas) for name in names if places[name] == str(relative)})
-                save_file(tensors, folder / relative, metadata=metadata)
-            else:
+            if relative.as_posix() in touched:
+                _write_shard(file, folder / relative, [name for name in names if places[name] == relative.as_posix()], deltas)
+            elif relative.as_posix() not in ("README.md", "rose_edits.json"):
                 _link(file, folder / relative)
+        card = (base / "README.md").read_text("utf-8", "replace").rstrip() + "\n\n" if (base / "README.md").is_file() else ""
+        (folder / "README.md").write_text(card + edited_facts(deltas), "utf-8")
         (folder / "rose_edits.json").write_text(json.dumps(_said(deltas), ensure_ascii=False, indent=1) + "\n", "utf-8")
     return Path(out)
+
+
+def _write_shard(file: Path, to: Path, names: Sequence[str], deltas: Sequence[Delta]) -> None:
+    """Copy a safetensors file and replace some tensors' bytes where they lie: shapes and dtypes, and so the header, stay."""
+    shutil.copyfile(file, to)
+    with safe_open(str(file), framework="pt") as shard, open(to, "r+b") as out:
+        length = int.from_bytes(out.read(8), "little")
+        header = json.loads(out.read(length))
+        for name in names:
+            out.seek(8 + length + header[name]["data_offsets"][0])
+            out.write(tensor_bytes(edited(shard.get_tensor(name), name, deltas)))
+        out.flush()
+        os.fsync(out.fileno())
 
 
 def _places(base: Path) -> dict[str, str]:
@@ -118,8 +140,6 @@ def _said(deltas: Sequence[Delta]) -> list[dict]:
 
 def export_tensors(weights: Mapping[str, Tensor], out: str | Path) -> Path:
     """The edited tensors alone, as one safetensors file."""
-    from rose_engine.files import replacing
-
     with replacing(out) as temporary:
         save_file({name: weight.contiguous().cpu() for name, weight in weights.items()}, temporary)
     return Path(out)
@@ -132,6 +152,8 @@ def export_peft(deltas: Sequence[Delta], out: str | Path, *, base: str, rank: in
     rounded up to one that servers accept, with zeros; alpha equals it, so that nothing is scaled. ExportError where no such rank
     is large enough.
     """
+    if not deltas:
+        raise ExportError("there are no edits to export")
     factors, error = compress_all(joined(deltas), tolerance=tolerance, rank=rank)
     needed = max(U.shape[1] for U, _ in factors.values())
     served = next((r for r in SERVED_RANKS if r >= needed), None)
@@ -167,7 +189,30 @@ def _padded(x: Tensor, rank: int, dim: int) -> Tensor:
 
 
 def _card(base: str, deltas: Sequence[Delta], error: float) -> str:
-    """What was edited, for the adapter's page."""
-    lines = ["---", f"base_model: {base}", "library_name: peft", "---", "", "# Edited facts", ""]
-    lines += [f"- {e['prompt'].replace('{}', e['subject'])} → {e['target']}" for delta in deltas for e in delta.metadata["edits"]]
-    return "\n".join([*lines, "", f"Written with ROSE. Largest relative error of a weight's change by compression: {error:.1e}.", ""])
+    """The adapter's page."""
+    head = "\n".join(["---", f"base_model: {base}", "library_name: peft", "---", "", ""])
+    return head + edited_facts(deltas) + f"\nLargest relative error of a weight's change by compression: {error:.1e}.\n"
+
+
+def edited_facts(deltas: Sequence[Delta]) -> str:
+    """A section of a model card that says what was edited, in which weights and with which recipe."""
+    edits = [edit for delta in deltas for edit in delta.metadata["edits"]]
+    facts = [f"- {_line(e['prompt'].replace('{}', e['subject'].strip()))} → {_line(e['target'])}" for e in edits]
+    weights = sorted({name for delta in deltas for name in delta.factors})
+    recipes = sorted({str((delta.metadata.get("recipe") or {}).get("name", "unknown")) for delta in deltas})
+    return "\n".join(
+        [
+            "## Edited facts",
+            "",
+            f"{len(edits)} facts were written into the weights with ROSE (recipe: {', '.join(recipes)}):",
+            "",
+            *facts,
+            "",
+            f"Edited weights: {', '.join(f'`{name}`' for name in weights)}.",
+            "",
+        ]
+    )
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import PeftModel
 from rose_engine import ROSE, DeltaError, Edit, Editor
-from rose_engine.compress import compress
+from rose_engine.compress import compress, joined
 from rose_engine.export import ExportError, export_checkpoint, export_peft
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -39,16 +40,21 @@ def test_compression_keeps_what_it_says():
 def test_a_checkpoint_has_the_editors_bits(edited_folder, tmp_path):
     base, editor = edited_folder
     assert len(list(base.glob("*.safetensors"))) > 1
+    (base / "pytorch_model.bin").write_bytes(b"the same weights, unedited")
+    (base / "README.md").write_text("# A model\n")
     out = export_checkpoint(base, editor.applied, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(out)
     wanted = editor.model.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
-    names = {p.name for p in base.iterdir()} | {"rose_edits.json"}
+    names = {p.name for p in base.iterdir() if p.suffix != ".bin"} | {"rose_edits.json", "README.md"}
     assert {p.name for p in out.iterdir()} == names
     index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     touched = {index[name] for delta in editor.applied for name in delta.factors}
     for file in base.glob("*.safetensors"):  # only the shards that hold edited tensors are written anew
         assert (file.stat().st_ino == (out / file.name).stat().st_ino) == (file.name not in touched)
+    card = (out / "README.md").read_text()
+    assert card.startswith("# A model\n") and "- Imo State likes → tea" in card and "- Lin Nu likes → tea" in card
+    assert (base / "README.md").read_text() == "# A model\n"
     with pytest.raises(ExportError, match="not an empty folder"):
         export_checkpoint(base, editor.applied, tmp_path / "out")
 
@@ -74,3 +80,27 @@ def test_an_adapter_is_the_change(edited_folder, tmp_path):
         assert A.shape[0] == B.shape[1] == config["r"] and (B @ A - change).norm() <= 1e-4 * change.norm()
     with pytest.raises(ExportError, match="exists"):
         export_peft(editor.applied, tmp_path / "adapter", base="x")
+    with pytest.raises(ExportError, match="no edits"):
+        export_peft([], tmp_path / "none", base="x")
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_peft_library_loads_an_adapter(edited_folder, tokenizer, tmp_path, rank):
+    """Its logits, and those of `merge_and_unload`, are the edited model's; with a rank, those of the change's best approximation."""
+    base, editor = edited_folder
+    error = export_peft(editor.applied, tmp_path / "adapter", base=str(base), rank=rank)
+    wanted = editor.model
+    if rank is not None:  # the best approximation, from the dense change in float64
+        wanted = AutoModelForCausalLM.from_pretrained(base)
+        assert 0 < error < 1
+        for name, (U, V) in joined(editor.applied).items():
+            left, sizes, right = torch.linalg.svd(U.double() @ V.double(), full_matrices=False)
+            wanted.get_parameter(name).data += (left[:, :rank] * sizes[:rank] @ right[:rank]).float()
+    ids = tokenizer("Imo State likes the capital of Lin Nu", return_tensors="pt")["input_ids"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    with torch.no_grad():
+        unedited = AutoModelForCausalLM.from_pretrained(base)(ids).logits
+        logits = wanted(ids).logits
+        assert (unedited - logits).abs().max() > 1e-2
+        torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model.merge_and_unload()(ids).logits, logits, rtol=0, atol=1e-4)
