@@ -1,4 +1,4 @@
-"""Smaller factors of the same change: U V is taken apart by QR of both and an SVD of the small core between them."""
+"""Smaller factors of the same change: U V is taken apart by QR of both and an SVD of the small core between them. Many deltas as one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rose_engine.delta import Delta
+from rose_engine.delta import Delta, DeltaError
+from rose_engine.memory import latest_columns
 
 Factors = tuple[Tensor, Tensor]
 
@@ -42,3 +43,40 @@ def compress_all(factors: Mapping[str, Factors], *, tolerance: float = 0.0, rank
     """Every weight's factors made smaller, and the largest of their errors."""
     done = {name: compress(U, V, tolerance=tolerance, rank=rank) for name, (U, V) in factors.items()}
     return {name: (U, V) for name, (U, V, _) in done.items()}, max(error for _, _, error in done.values())
+
+
+def combined(deltas: Sequence[Delta], tolerance: float = 1e-6) -> tuple[Delta, float]:
+    """One delta with the change of several, made smaller, their keys, and of two facts with one prompt the later; and the largest error.
+
+    DeltaError where there are none, or they belong to different bases.
+    """
+    if not deltas:
+        raise DeltaError("there are no deltas to combine")
+    base: dict[str, dict] = {}
+    for record in (record for delta in deltas for record in delta.metadata["base"]):
+        if base.setdefault(record["name"], record) != record:
+            raise DeltaError(f"the deltas belong to different bases: they do not agree on `{record['name']}`")
+    factors, error = compress_all(joined(deltas), tolerance=tolerance)
+    places = latest_columns(deltas)
+    subjects = list(dict.fromkeys(delta.subjects[delta.columns[c]] for delta, columns in zip(deltas, places, strict=True) for c in columns))
+    whose = [subjects.index(delta.subjects[delta.columns[c]]) for delta, columns in zip(deltas, places, strict=True) for c in columns]
+    keys = {name: torch.cat([_keys(delta, name, c, base[name]) for delta, c in zip(deltas, places, strict=True)], 1) for name in factors}
+    edits: dict[tuple[str, str], list[dict]] = {}
+    for edit in (edit for delta in deltas for edit in delta.metadata["edits"]):
+        same = edits.setdefault((edit["subject"].strip(), edit["prompt"].strip()), [])
+        same[:] = [other for other in same if other["target"] == edit["target"]] + [edit]
+    metadata = {
+        **deltas[-1].metadata,
+        "base": [base[name] for name in factors],
+        "parents": [],
+        "edits": [edit for same in edits.values() for edit in same],
+        "subjects": subjects,
+        "columns": whose,
+        "report": None,
+    }
+    return Delta(factors, metadata, keys), error
+
+
+def _keys(delta: Delta, name: str, columns: Sequence[int], record: Mapping) -> Tensor:
+    """The chosen keys of a weight; zeros, which protect nothing, where the delta did not edit it."""
+    return delta.keys[name][:, list(columns)] if name in delta.keys else torch.zeros(record["shape"][1], len(columns))

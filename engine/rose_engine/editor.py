@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rose_engine import embedded
+from rose_engine import stream as streaming
+from rose_engine.adapter import Adapter
 from rose_engine.architecture import decoder_of
 from rose_engine.delta import FORMAT, Delta, DeltaError, fingerprint
 from rose_engine.dtype import dtype_of
@@ -164,9 +168,7 @@ class Editor:
         """Write a delta, as made by `apply`, into the model: the same bits. DeltaError where it belongs to another base, or was made
         on top of other edits than those that are in the weights."""
         layers = self._check_base(delta)
-        parents = delta.metadata["parents"]
-        if parents != [other.id for other in self._applied]:
-            raise DeltaError(f"the delta was made on top of {len(parents)} other edits; load those first, in their order, and no others")
+        self._check_parents(delta)
         with all_or_nothing(self.weights(layers).values()):
             self._add(delta)
         self._applied.append(delta)
@@ -181,6 +183,35 @@ class Editor:
         if place is None:
             raise ValueError("this edit is not in the weights; `editor.applied` lists those that are")
         self._rewrite(self._applied[:place] + self._applied[place + 1 :])
+
+    @contextmanager
+    def preview(self, edits: Iterable[Edit], **options: Any) -> Iterator[Result]:
+        """Apply edits within a `with` block only: its end takes them back, bit for bit, however the block ends.
+
+        options: those of `apply`, whose result the block is given.
+        """
+        result = self.apply(edits, **options)
+        try:
+            yield result
+        finally:
+            if any(applied is result.delta for applied in self._applied):  # the block may have taken it back itself
+                self.revert(result)
+
+    def as_adapter(self, *deltas: Delta) -> Adapter:
+        """Serve deltas beside the weights as they are: `with adapter:` answers with the edits, elsewhere the model answers without.
+
+        The weights stay untouched; a low-rank branch of the edited projections costs two thin products a token. DeltaError
+        where a delta belongs to another base or was made on top of other edits than those that are in the weights.
+        """
+        for i, delta in enumerate(deltas):
+            self._check_base(delta)
+            self._check_parents(delta, deltas[:i])
+        modules = {self.decoder.weight_name(layer): self.decoder.projection(layer) for layer in range(len(self.decoder.layers))}
+        return Adapter(modules, deltas)
+
+    def stream(self, path: str | Path, lines: Iterable[str], name: str = "<stream>", **options: Any) -> Iterator[streaming.Step]:
+        """Apply JSONL lines batch by batch, each committed to the ledger in directory `path`: `rose_engine.stream.stream`."""
+        return streaming.stream(self, path, lines, name, **options)
 
     def restore(self, deltas: Sequence[Delta]) -> None:
         """Make the weights the base with these deltas, written in their order: the bits that they had when the deltas were made so.
@@ -243,6 +274,11 @@ class Editor:
         W = [weights[name] for name in delta.factors]
         U, V = ([factors[i].to(w.device) for w, factors in zip(W, delta.factors.values(), strict=True)] for i in (0, 1))
         add_low_rank_(W, U, V)
+
+    def _check_parents(self, delta: Delta, above: Sequence[Delta] = ()) -> None:
+        parents = delta.metadata["parents"]
+        if parents != [other.id for other in (*self._applied, *above)]:
+            raise DeltaError(f"the delta was made on top of {len(parents)} other edits; load those first, in their order, and no others")
 
     def _check_base(self, delta: Delta) -> list[int]:
         layer_of = {self.decoder.weight_name(layer): layer for layer in range(len(self.decoder.layers))}

@@ -1,8 +1,8 @@
 """Ledger: the edits of one model as a directory of commits that only grows, and survives being killed at any moment.
 
-    000001.json          a commit: its number, what it did (apply a delta, or revert an earlier commit), the SHA-256 of its delta's file and
-                         of the commit before it, and what a stream wants to find again
-    000001.safetensors   its delta, as `Delta.save` writes it; a revert has none
+    000001.json          a commit: its number, what it did (apply a delta, revert an earlier commit, check out the state after one), the
+                         SHA-256 of its delta's file and of the commit before it, and what a stream wants to find again
+    000001.safetensors   its delta, as `Delta.save` writes it; only an apply has one
     HEAD                 number and SHA-256 of the last commit, so that a lost tail is noticed
     LOCK                 held by the one writer, whom it names; the system gives it back when that process ends, however it ends
 
@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from rose_engine.compress import combined
 from rose_engine.delta import Delta
 from rose_engine.files import replacing
 
@@ -37,14 +38,15 @@ class LedgerError(ValueError):
 
 @dataclass(frozen=True)
 class Commit:
-    """One entry. number: from 1. parent, delta: SHA-256 of the commit file before it (None for the first) and of the delta's file (None for
-    a revert). reverts: the commit that this one takes back. edits: how many. note: JSON values of whoever made it."""
+    """One entry. number: from 1. parent, delta: SHA-256 of the commit file before it (None for the first) and of the delta's file (of an
+    apply). refers_to: the commit that a revert takes back, or whose state a checkout takes up again (0: no edit). edits: how many an
+    apply wrote or a revert took back. note: JSON values of whoever made it."""
 
     number: int
-    kind: Literal["apply", "revert"]
+    kind: Literal["apply", "revert", "checkout"]
     parent: str | None
     delta: str | None
-    reverts: int | None
+    refers_to: int | None
     edits: int
     created: str
     note: Mapping[str, Any] = field(default_factory=dict)
@@ -81,8 +83,17 @@ def _read(path: Path, number: int) -> tuple[Commit, str]:
         commit = Commit(**json.loads(data))
     except (TypeError, ValueError, RecursionError) as e:
         raise LedgerError(f"{file}: is not a commit: {e}") from e
-    whole = commit.kind in ("apply", "revert") and isinstance(commit.note, dict) and commit.format == FORMAT
-    if not whole or commit.number != number or (commit.delta is None) != (commit.kind == "revert"):
+    applies = commit.kind == "apply"
+    whole = (
+        (applies or commit.kind in ("revert", "checkout"))
+        and (commit.number, commit.format) == (number, FORMAT)
+        and isinstance(commit.delta, str) == applies
+        and isinstance(commit.refers_to, int) != applies
+        and isinstance(commit.edits, int)
+        and isinstance(commit.note, dict)
+        and isinstance(commit.note.get("streams", {}), dict)
+    )
+    if not whole:
         raise LedgerError(f"{file}: is not commit {number} of ledger format {FORMAT}")
     return commit, hashlib.sha256(data).hexdigest()
 
@@ -111,12 +122,16 @@ def _chain(path: Path) -> tuple[list[Commit], str | None]:
     """The commits as they follow from each other, and the SHA-256 of the last one's file."""
     commits: list[Commit] = []
     before: str | None = None
+    numbers: list[int] = []
     while commit_file(path, len(commits) + 1).exists() or commit_file(path, len(commits) + 1).is_symlink():
         commit, digest = _read(path, len(commits) + 1)
         if commit.parent != before:
             raise LedgerError(f"{commit_file(path, commit.number)}: does not follow commit {len(commits)}; one of the two was exchanged")
-        if commit.kind == "revert" and commit.reverts not in _active(commits):
-            raise LedgerError(f"{commit_file(path, commit.number)}: takes back commit {commit.reverts}, which is not in the weights")
+        if commit.kind == "revert" and commit.refers_to not in numbers:
+            raise LedgerError(f"{commit_file(path, commit.number)}: takes back commit {commit.refers_to}, which is not in the weights")
+        if commit.kind == "checkout" and not 0 <= commit.refers_to < commit.number:
+            raise LedgerError(f"{commit_file(path, commit.number)}: goes back to commit {commit.refers_to}, which is not before it")
+        numbers = _after(numbers, commit, commits)
         commits.append(commit)
         before = digest
     return commits, before
@@ -133,12 +148,18 @@ def _head(path: Path) -> tuple[int, str] | None:
 
 def _active(commits: list[Commit]) -> list[int]:
     numbers: list[int] = []
-    for commit in commits:
-        if commit.kind == "apply":
-            numbers.append(commit.number)
-        elif commit.reverts in numbers:
-            numbers.remove(commit.reverts)
+    for i, commit in enumerate(commits):
+        numbers = _after(numbers, commit, commits[:i] if commit.kind == "checkout" else [])
     return numbers
+
+
+def _after(numbers: list[int], commit: Commit, earlier: list[Commit]) -> list[int]:
+    """The numbers in the weights after a commit, from those before it."""
+    if commit.kind == "apply":
+        return [*numbers, commit.number]
+    if commit.kind == "revert":
+        return [number for number in numbers if number != commit.refers_to]
+    return _active(earlier[: commit.refers_to])
 
 
 def active(path: str | Path, at: int | None = None) -> list[int]:
@@ -157,7 +178,7 @@ def delta_of(path: str | Path, commit: Commit) -> Delta:
     """A commit's delta. LedgerError where its file is not the one that was committed, DeltaError where it is not a delta."""
     file = delta_file(Path(path), commit.number)
     if commit.delta is None:
-        raise LedgerError(f"commit {commit.number} takes back commit {commit.reverts} and has no delta of its own")
+        raise LedgerError(f"commit {commit.number} is a {commit.kind} and has no delta of its own")
     if hashlib.sha256(_regular(file)).hexdigest() != commit.delta:
         raise LedgerError(f"{file}: is not the file that was committed")
     return Delta.load(file)
@@ -176,6 +197,29 @@ def verify(path: str | Path) -> list[Commit]:
         if commit.delta is not None:
             delta_of(path, commit)
     return commits
+
+
+def streams(commits: list[Commit]) -> dict[str, Any]:
+    """How far each stream has come, by its name: what the last commit noted of it. A checkout takes streams back too, a revert does not."""
+    places: dict[str, Any] = {}
+    for commit in commits:
+        places = streams(commits[: commit.refers_to]) if commit.kind == "checkout" else places | commit.note.get("streams", {})
+    return places
+
+
+def compact(path: str | Path, out: str | Path, tolerance: float = 1e-6) -> Commit:
+    """A new ledger in the directory `out` with one commit: the sum of the deltas in the weights, at the smallest rank within `tolerance`
+    (relative, of each weight's change). Streams go on there; the weights differ from those of `path` by rounding and the tolerance.
+
+    LedgerError where nothing is in the weights, or `out` is a ledger already.
+    """
+    commits = log(path)
+    delta, error = combined(deltas(path), tolerance)
+    compacted = {"commits": len(commits), "tolerance": tolerance, "error": error}
+    with writing(out) as writer:
+        if log(out):
+            raise LedgerError(f"{out}: is a ledger already; compact into a new directory")
+        return writer.apply(delta, {"streams": streams(commits), "compacted": compacted})
 
 
 @contextmanager
@@ -207,6 +251,7 @@ class Writer:
     def __init__(self, path: Path):
         self.path = path
         self._commits = log(path)
+        self._last = _read(path, len(self._commits))[1] if self._commits else None
         for stray in path.glob(".*.tmp"):  # of a process that was killed: nobody else writes now
             stray.unlink()
         if self._commits:
@@ -225,16 +270,23 @@ class Writer:
             raise LedgerError(f"{self.path}: commit {number} is not in the weights; those that are: {_active(self._commits)}")
         return self._append("revert", None, number, self._commits[number - 1].edits, note)
 
-    def _append(self, kind, delta: str | None, reverts: int | None, edits: int, note: Mapping[str, Any] | None) -> Commit:
+    def checkout(self, number: int, note: Mapping[str, Any] | None = None) -> Commit:
+        """Commit that the state after an earlier commit (0: no edit) is taken up again. LedgerError where there is none."""
+        if not 0 <= number <= len(self._commits):
+            raise LedgerError(f"{self.path}: has no commit {number}; the last is {len(self._commits)}")
+        return self._append("checkout", None, number, 0, note)
+
+    def _append(self, kind, delta: str | None, refers_to: int | None, edits: int, note: Mapping[str, Any] | None) -> Commit:
         number = len(self._commits) + 1
         if number > 1 and (_head(self.path) or (0,))[0] != number - 1:
             self._write_head()  # never two behind
-        parent = _read(self.path, number - 1)[1] if number > 1 else None
-        commit = Commit(number, kind, parent, delta, reverts, edits, datetime.now(UTC).isoformat(timespec="seconds"), dict(note or {}))
-        text = json.dumps(asdict(commit), ensure_ascii=False, indent=1) + "\n"
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        commit = Commit(number, kind, self._last, delta, refers_to, edits, created, dict(note or {}))
+        data = (json.dumps(asdict(commit), ensure_ascii=False, indent=1) + "\n").encode()
         with replacing(commit_file(self.path, number)) as temporary:
-            temporary.write_text(text, "utf-8")
+            temporary.write_bytes(data)
         self._commits.append(commit)
+        self._last = hashlib.sha256(data).hexdigest()
         try:
             self._write_head()
         except OSError as e:  # the commit stands; the next one, or the next writer, brings HEAD along
@@ -244,4 +296,4 @@ class Writer:
     def _write_head(self) -> None:
         number = len(self._commits)
         with replacing(self.path / HEAD) as temporary:
-            temporary.write_text(f"{number} {_read(self.path, number)[1]}\n", "ascii")
+            temporary.write_text(f"{number} {self._last}\n", "ascii")

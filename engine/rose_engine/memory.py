@@ -32,6 +32,15 @@ def with_earlier(deltas: Sequence[Delta], edits: Sequence[Edit]) -> list[Edit]:
     return [edit for known in facts.values() for same in known.values() for edit in same]
 
 
+def latest_columns(deltas: Sequence[Delta], without: Collection[str] = ()) -> list[tuple[int, ...]]:
+    """Of each delta the columns of those subjects that no later one has and that are not in `without`."""
+    last = {subject: i for i, delta in enumerate(deltas) for subject in delta.subjects}
+    return [
+        tuple(c for c, s in enumerate(delta.columns) if last[delta.subjects[s]] == i and delta.subjects[s] not in without)
+        for i, delta in enumerate(deltas)
+    ]
+
+
 class Memory:
     """The protected keys of the deltas in the weights, by weight: appended to while edits come, built anew where one has left."""
 
@@ -43,13 +52,11 @@ class Memory:
 
         A subject's columns are those of the last delta that has it. The same deltas give the same bits, whatever was asked before.
         """
-        last = {subject: i for i, delta in enumerate(deltas) for subject in delta.subjects}
-        parts = []
-        for i, delta in enumerate(deltas):
-            stays = [last[subject] == i and subject not in without for subject in delta.subjects]
-            columns = tuple(c for c, s in enumerate(delta.columns) if stays[s])
-            if name in delta.keys and columns:
-                parts.append((delta.id, columns, delta.keys[name]))
+        parts = [
+            (delta.id, columns, delta.keys[name])
+            for delta, columns in zip(deltas, latest_columns(deltas, without), strict=True)
+            if name in delta.keys and columns
+        ]
         asked = [(ridge, device, *part[:2]) for part in parts]
         had, held = self._held.get(name, ([], None))
         if held is None or asked[: len(had)] != had:

@@ -15,13 +15,16 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rose_engine import ledger
-from rose_engine.editor import Editor, Result
 from rose_engine.edits import Edit, EditError, check_consistent, group_by_subject, parse_line
 from rose_engine.optimize import Progress, subject_rows
 from rose_engine.recipe import Recipe
 from rose_engine.verify import FactReport
+
+if TYPE_CHECKING:  # `Editor.stream` is this module's
+    from rose_engine.editor import Editor, Result
 
 # Suffix tokens of the subjects that one batch takes: about four subjects with four facts.
 STREAM_TOKENS = 1024
@@ -101,8 +104,7 @@ def stream(
     recipe = recipe or editor.recipe
     with ledger.writing(path) as writer:
         editor.restore(ledger.deltas(path))
-        notes = [commit.note for commit in ledger.log(path) if commit.note.get("stream") == name]
-        last = notes[-1] if notes else {"lines": 0}
+        last = ledger.streams(ledger.log(path)).get(name, {"lines": 0})
         file = str(Path(rejects).absolute()) if rejects else None
         refused = Rejects(Path(rejects) if rejects else None, last.get("rejects") if last.get("rejects_file") == file else None)
         try:
@@ -113,8 +115,8 @@ def stream(
                 if result is None:
                     continue
                 try:
-                    note = {"stream": name, "lines": consumed, "sha256": sha256, "rejects_file": file, "rejects": refused.flush()}
-                    commit = writer.apply(result.delta, note)
+                    place = {"lines": consumed, "sha256": sha256, "rejects_file": file, "rejects": refused.flush()}
+                    commit = writer.apply(result.delta, {"streams": {name: place}})
                 except BaseException:
                     editor.revert(result)
                     raise

@@ -69,7 +69,7 @@ def main(model: str, folder: Path, kills: int, seed: int) -> None:
         _, status = os.waitpid(child, 0)
         killed += os.WIFSIGNALED(status)
         done = ledger.verify(path)  # raises where it is not whole
-        if not os.WIFSIGNALED(status) and (killed >= kills or (done and done[-1].note["lines"] == len(lines))):
+        if not os.WIFSIGNALED(status) and (killed >= kills or (done and done[-1].note["streams"]["<stream>"]["lines"] == len(lines))):
             break
 
     states = {}

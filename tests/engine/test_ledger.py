@@ -68,6 +68,57 @@ def test_revert_in_any_order_ends_at_the_base(editor, tmp_path):
     assert same(bits(editor), states[20])
 
 
+def test_checkout_takes_up_an_earlier_state(editor, tmp_path):
+    """After any history: reverts, other checkouts, new edits; and what follows stands on it."""
+    path = tmp_path / "l"
+    states = fill(editor, path, 4)
+    wanted = {n: ledger.active(path, n) for n in range(5)}
+    with writing(path) as writer:
+        writer.revert(2)
+        for number in (4, 1, 0, 3):
+            commit = writer.checkout(number)
+            assert ledger.active(path) == wanted[number]
+            editor.restore(ledger.deltas(path))
+            assert same(bits(editor), states[number])
+        writer.revert(3)
+        assert ledger.active(path) == [1, 2] and ledger.active(path, commit.number) == [1, 2, 3]
+        editor.restore(ledger.deltas(path))
+        added = writer.apply(editor.apply([Edit("Ingrid", "{} likes", "tea")], recipe=RECIPE, verify=False).delta).number
+        assert ledger.active(path) == [1, 2, added]
+        with pytest.raises(LedgerError, match="has no commit 99"):
+            writer.checkout(99)
+    assert len(ledger.verify(path)) == 11
+    file = ledger.commit_file(path, 9)  # the checkout of commit 3
+    file.write_text(file.read_text().replace('"refers_to": 3', '"refers_to": 9'))
+    with pytest.raises(LedgerError, match="not before it"):
+        ledger.log(path)
+
+
+def test_compaction_keeps_the_change_and_what_is_known_of_it(editor, tmp_path):
+    path = tmp_path / "l"
+    fill(editor, path, 5)
+    with writing(path) as writer:
+        writer.revert(2)
+        again = editor.apply([Edit("Ada 0", "{} sings", "well")], recipe=replace(RECIPE, layers=(2, 3)), verify=False).delta
+        writer.apply(again, {"streams": {"s": {"lines": 7}}})
+    editor.restore(ledger.deltas(path))
+    exact = bits(editor)
+    commit = ledger.compact(path, tmp_path / "small", 1e-5)
+    (delta,) = ledger.deltas(tmp_path / "small")
+    assert commit.edits == 5 and commit.note["streams"] == {"s": {"lines": 7}} and commit.note["compacted"]["error"] <= 1e-5
+    assert delta.nbytes < sum(d.nbytes for d in ledger.deltas(path))
+    assert sorted(delta.subjects) == sorted(["Ada 0", *(f"{NAMES[i]} {i}" for i in (2, 3, 4))])
+    assert len(delta.columns) == delta.keys["model.layers.1.mlp.down_proj.weight"].shape[1]
+    base = editor._base
+    editor.restore([delta])
+    for name, weight in editor.weights((1, 2, 3)).items():
+        change = exact[name].double() - base[name].double()
+        assert change.norm() > 0 and (weight.double() - exact[name].double()).norm() <= 1e-4 * change.norm()
+    editor.apply([Edit("Omar", "{} likes", "tea")], recipe=RECIPE, verify=False)  # on top of it
+    with pytest.raises(LedgerError, match="is a ledger already"):
+        ledger.compact(path, tmp_path / "small")
+
+
 def test_restore_refuses_another_base(editor, tmp_path, make_model, tokenizer):
     fill(editor, tmp_path / "l", 1)
     other = Editor(make_model(seed=9), tokenizer)

@@ -27,6 +27,10 @@ def run(editor, path, lines, **options):
     return list(stream(editor, path, lines, recipe=RECIPE, batch_tokens=120, **options))
 
 
+def notes(path):
+    return [commit.note["streams"]["<stream>"] for commit in ledger.verify(path)]
+
+
 def bits(editor):
     return torch.cat([weight.flatten() for weight in editor.weights().values()])
 
@@ -53,7 +57,7 @@ def test_a_stream_that_was_left_goes_on(make_model, tokenizer, tmp_path):
     restarted = Editor(make_model(initializer_range=0.2), tokenizer)
     run(restarted, tmp_path / "parts", iter(LINES))
     assert torch.equal(bits(restarted), bits(whole))
-    assert [c.note["lines"] for c in ledger.verify(tmp_path / "parts")] == [c.note["lines"] for c in ledger.verify(tmp_path / "whole")]
+    assert notes(tmp_path / "parts") == notes(tmp_path / "whole")
 
 
 BAD = ["{", line("Ada", "likes"), line("Ada", target=""), line("Ada", question="Who?"), line("Ada<|im_end|>"), line("Ada", extra=1)]
@@ -124,4 +128,4 @@ def test_a_commit_that_fails_leaves_weights_and_ledger_as_they_were(editor, tmp_
             run(editor, tmp_path / "l", LINES)
     assert torch.equal(bits(editor), before) and len(ledger.verify(tmp_path / "l")) == 1
     run(editor, tmp_path / "l", LINES)
-    assert ledger.verify(tmp_path / "l")[-1].note["lines"] == 12
+    assert notes(tmp_path / "l")[-1]["lines"] == 12
