@@ -1,4 +1,4 @@
-"""The command line: `rose edit`, `rose stream` and the ledger's commands, `rose demo`, `rose env`.
+"""The command line: `rose edit`, `rose stream` and the ledger's commands, `rose export`, `rose demo`, `rose env`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 failed, 2 bad input.
 """
@@ -62,6 +62,17 @@ def load_editor(model: str, dtype: str | None, device: str):
     return Editor.from_pretrained(model, dtype=dtype, device=device)
 
 
+@contextmanager
+def _readable(edits: str) -> Iterator[None]:
+    """What cannot be read is bad input."""
+    from rose_engine.edits import EditError
+
+    try:
+        yield
+    except OSError as e:
+        raise EditError(f"cannot be read: {e.strerror or e}", edits) from e
+
+
 @app.command()
 def edit(
     edits: Annotated[str, typer.Option("--edits", "-e", help="JSONL, JSON or CSV file of edits; - reads standard input.")],
@@ -76,10 +87,8 @@ def edit(
     from rose_engine.edits import EditError, read_edits
     from rose_engine.files import replacing
 
-    try:
+    with _readable(edits):
         facts = read_edits(edits, format)
-    except OSError as e:
-        raise EditError(f"cannot be read: {e.strerror or e}", edits) from e
     if out.exists() and not out.is_dir():  # said before minutes of work, not after
         raise EditError("is not a directory", str(out))
     editor = load_editor(model, dtype, device)
@@ -127,35 +136,44 @@ def stream(
     rejects: Annotated[Path | None, typer.Option(help="JSONL file for lines that cannot be used. Default: LEDGER/rejects.jsonl.")] = None,
     strict: Annotated[bool, typer.Option(help="Stop at the first line that cannot be used.")] = False,
     require_success: Annotated[bool, typer.Option(help="Take back, alone, each fact that the model does not say afterwards.")] = False,
+    max_wait: Annotated[float | None, typer.Option(help="Seconds that a begun batch waits for more lines. Default: without end.")] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Apply edits batch by batch and commit each batch; started again, it goes on after the last commit."""
-    from rose_engine.edits import EditError
     from rose_engine.stream import stream as run
 
     editor = load_editor(model, dtype, device)
-    began, done = time.perf_counter(), 0
+    began, done, total = time.perf_counter(), 0, None
     with ExitStack() as stack:
         if edits == "-":
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
             lines = sys.stdin
         else:
-            try:
+            with _readable(edits):
                 lines = stack.enter_context(open(edits, encoding="utf-8-sig", errors="surrogateescape"))
-            except OSError as e:
-                raise EditError(f"cannot be read: {e.strerror or e}", edits) from e
+                if lines.seekable():
+                    total = sum(1 for _ in lines)
+                    lines.seek(0)
         where = rejects or ledger / "rejects.jsonl"
         name = "<stdin>" if edits == "-" else str(Path(edits).resolve())
         progress = stack.enter_context(progress_on_terminal("optimising"))
-        steps = run(editor, ledger, lines, name, rejects=where, strict=strict, require_success=require_success, progress=progress)
+        options = {"rejects": where, "strict": strict, "require_success": require_success, "max_wait": max_wait}
+        steps = run(editor, ledger, lines, name, progress=progress, **options)
         for step in steps:
             done += step.commit.edits
             rate = done / (time.perf_counter() - began)
             failed = f", not said: {len(step.failed)}" if step.failed else ""
+            left = f", {_duration((total - step.lines) / rate)} left" if total else ""
+            read = f"{step.lines} of {total}" if total else f"{step.lines}"
             print(
-                f"commit {step.commit.number}: {step.commit.edits} edits, {step.lines} lines read, {rate:.2f} edits/s{failed}", flush=True
+                f"commit {step.commit.number}: {step.commit.edits} edits, {read} lines read, {rate:.2f} edits/s{left}{failed}", flush=True
             )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def _existing(ledger: Path) -> Path:
@@ -172,7 +190,11 @@ def log(ledger: LedgerArgument) -> None:
     commits, active = book.log(_existing(ledger)), set(book.active(ledger))
     for commit in commits:
         mark = "*" if commit.number in active else " "
-        what = f"{commit.edits} edits" if commit.kind == "apply" else f"takes back commit {commit.reverts}"
+        what = {
+            "apply": f"{commit.edits} edits",
+            "revert": f"takes back commit {commit.refers_to}",
+            "checkout": f"goes back to the state after commit {commit.refers_to}",
+        }[commit.kind]
         print(f"{mark} {commit.number:6d}  {commit.created}  {what}")
 
 
@@ -184,6 +206,76 @@ def revert(ledger: LedgerArgument, number: Annotated[int, typer.Argument(help="T
     with book.writing(_existing(ledger)) as writer:
         commit = writer.revert(number)
     print(f"commit {commit.number} takes back commit {number}")
+
+
+@app.command()
+def show(ledger: LedgerArgument, number: Annotated[int, typer.Argument(help="The commit to show.")]) -> None:
+    """Print a commit as JSON: what it did and, of its delta, the edits, the recipe and the report."""
+    from dataclasses import asdict
+
+    from rose_engine import ledger as book
+
+    commits = book.log(_existing(ledger))
+    if not 1 <= number <= len(commits):
+        raise book.LedgerError(f"{ledger}: has no commit {number}; the last is {len(commits)}")
+    commit = commits[number - 1]
+    record = asdict(commit)
+    if commit.delta is not None:
+        record |= {key: value for key, value in book.delta_of(ledger, commit).metadata.items() if key not in ("columns", "parents")}
+    print(json.dumps(record, ensure_ascii=False, indent=1))
+
+
+@app.command()
+def checkout(ledger: LedgerArgument, number: Annotated[int, typer.Argument(help="The commit to go back to; 0: no edit.")]) -> None:
+    """Go back to the state after a commit, as a new commit; nothing is lost, and streams go on from there."""
+    from rose_engine import ledger as book
+
+    with book.writing(_existing(ledger)) as writer:
+        commit = writer.checkout(number)
+    print(f"commit {commit.number} goes back to the state after commit {number}")
+
+
+@app.command()
+def compact(
+    ledger: LedgerArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new ledger.")],
+    tolerance: Annotated[float, typer.Option(help="Relative error that each weight's change may have.")] = 1e-6,
+) -> None:
+    """Write a new ledger that holds all edits as one small delta; the old one stays as it is."""
+    from rose_engine import ledger as book
+
+    commit = book.compact(_existing(ledger), out, tolerance)
+    size = book.delta_file(out, commit.number).stat().st_size
+    print(f"{commit.edits} edits in one delta of {size:,} bytes, relative error {commit.note['compacted']['error']:.1e}: {out}")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A delta file, or the directory of a ledger.")],
+    model: ModelOption = "smollm2",
+    checkpoint: Annotated[Path | None, typer.Option(help="Write the edited checkpoint here, a new folder.")] = None,
+    peft: Annotated[Path | None, typer.Option(help="Write a PEFT LoRA adapter here, a new folder.")] = None,
+    tensors: Annotated[Path | None, typer.Option(help="Write the edited tensors alone here, a safetensors file.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the adapter: at most so many; rounded up to one that servers accept.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Of the adapter: relative error that each weight's change may have.")] = 1e-6,
+    at: Annotated[int | None, typer.Option(help="Of a ledger: the state after this commit. Default: the last.")] = None,
+) -> None:
+    """Ship edits: as a checkpoint, as a PEFT adapter, as tensors; one of them or several."""
+    from rose_engine import export as ship
+    from rose_engine import ledger as book
+    from rose_engine.delta import Delta
+    from rose_engine.embedded import checkpoint_folder
+
+    if not (checkpoint or peft or tensors):
+        raise ship.ExportError("say what to write: --checkpoint, --peft or --tensors")
+    deltas = book.deltas(source, at) if source.is_dir() else [Delta.load(source)]
+    if peft:
+        error = ship.export_peft(deltas, peft, base=model, rank=rank, tolerance=tolerance)
+        print(f"adapter, relative error {error:.1e}: {peft}")
+    if checkpoint:
+        print(f"checkpoint: {ship.export_checkpoint(checkpoint_folder(model), deltas, checkpoint)}")
+    if tensors:
+        print(f"tensors: {ship.export_tensors(checkpoint_folder(model), deltas, tensors)}")
 
 
 @app.command()
@@ -250,6 +342,7 @@ def main() -> None:
     from rose_engine.delta import DeltaError
     from rose_engine.edits import EditError
     from rose_engine.embedded import MissingModelError
+    from rose_engine.export import ExportError
     from rose_engine.ledger import LedgerError
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -258,7 +351,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, _interrupted)
     try:
         app()
-    except (EditError, DeltaError, LedgerError, UnsupportedModelError, MissingModelError, FileNotFoundError) as e:
+    except (EditError, DeltaError, ExportError, LedgerError, UnsupportedModelError, MissingModelError, FileNotFoundError) as e:
         errors.print(f"error: {e}", style="red", markup=False)
         sys.exit(2)
     except (OSError, ValueError, ArithmeticError, RuntimeError) as e:

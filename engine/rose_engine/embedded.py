@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,6 +62,13 @@ def embedded_model() -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def checkpoint_folder(name: str) -> Path:
+    """The folder of a model's checkpoint: the embedded one's, a local folder, or that of a Hugging Face id, downloaded if need be."""
+    if name == NAME:
+        return embedded_model()
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
 
 
 def _convert(gguf: Path, folder: Path) -> None:

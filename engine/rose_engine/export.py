@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,22 +78,15 @@ def export_checkpoint(base: str | Path, deltas: Sequence[Delta], out: str | Path
     what was edited. ExportError where an edited weight is not in it, DeltaError where it is another base.
     """
     base = Path(base)
-    if not deltas:
-        raise ExportError("there are no edits to export")
-    places = _places(base)
-    names = sorted({name for delta in deltas for name in delta.factors})
-    missing = [name for name in names if name not in places]
-    if missing:
-        raise ExportError(f"{base}: has no weight `{missing[0]}`")
-    touched = {places[name] for name in names}
+    places = _edited_places(base, deltas)
     with new_folder(out) as folder:
         for file in sorted(p for p in base.rglob("*") if p.is_file()):
             relative = file.relative_to(base)
             if any(relative.match(pattern) for pattern in OTHER_WEIGHTS):
                 continue
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            if relative.as_posix() in touched:
-                _write_shard(file, folder / relative, [name for name in names if places[name] == relative.as_posix()], deltas)
+            if names := [name for name, place in places.items() if place == relative.as_posix()]:
+                _write_shard(file, folder / relative, names, deltas)
             elif relative.as_posix() not in ("README.md", "rose_edits.json"):
                 _link(file, folder / relative)
         card = (base / "README.md").read_text("utf-8", "replace").rstrip() + "\n\n" if (base / "README.md").is_file() else ""
@@ -105,14 +98,26 @@ def export_checkpoint(base: str | Path, deltas: Sequence[Delta], out: str | Path
 def _write_shard(file: Path, to: Path, names: Sequence[str], deltas: Sequence[Delta]) -> None:
     """Copy a safetensors file and replace some tensors' bytes where they lie: shapes and dtypes, and so the header, stay."""
     shutil.copyfile(file, to)
-    with safe_open(str(file), framework="pt") as shard, open(to, "r+b") as out:
+    with open(to, "r+b") as out:
         length = int.from_bytes(out.read(8), "little")
         header = json.loads(out.read(length))
         for name in names:
             out.seek(8 + length + header[name]["data_offsets"][0])
-            out.write(tensor_bytes(edited(shard.get_tensor(name), name, deltas)))
+            out.write(tensor_bytes(edited(_tensor(file, name), name, deltas)))
         out.flush()
         os.fsync(out.fileno())
+
+
+def _edited_places(base: Path, deltas: Sequence[Delta]) -> dict[str, str]:
+    """The edited weights and the files of the checkpoint that hold them."""
+    if not deltas:
+        raise ExportError("there are no edits to export")
+    places = _places(base)
+    names = sorted({name for delta in deltas for name in delta.factors})
+    missing = [name for name in names if name not in places]
+    if missing:
+        raise ExportError(f"{base}: has no weight `{missing[0]}`")
+    return {name: places[name] for name in names}
 
 
 def _places(base: Path) -> dict[str, str]:
@@ -138,11 +143,17 @@ def _said(deltas: Sequence[Delta]) -> list[dict]:
     return [{key: delta.metadata.get(key) for key in ("edits", "recipe", "report", "versions", "created")} for delta in deltas]
 
 
-def export_tensors(weights: Mapping[str, Tensor], out: str | Path) -> Path:
-    """The edited tensors alone, as one safetensors file."""
+def export_tensors(base: str | Path, deltas: Sequence[Delta], out: str | Path) -> Path:
+    """The edited tensors alone, whole, as one safetensors file. ExportError and DeltaError as for a checkpoint."""
+    places = _edited_places(Path(base), deltas)
     with replacing(out) as temporary:
-        save_file({name: weight.contiguous().cpu() for name, weight in weights.items()}, temporary)
+        save_file({name: edited(_tensor(Path(base) / file, name), name, deltas) for name, file in places.items()}, temporary)
     return Path(out)
+
+
+def _tensor(file: Path, name: str) -> Tensor:
+    with safe_open(str(file), framework="pt") as shard:
+        return shard.get_tensor(name)
 
 
 def export_peft(deltas: Sequence[Delta], out: str | Path, *, base: str, rank: int | None = None, tolerance: float = 1e-6) -> float:

@@ -227,7 +227,11 @@ def writing(path: str | Path) -> Iterator[Writer]:
     """Hold the ledger for writing, making its directory if need be. LedgerError, at once, where another process holds it."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / LOCK, "a+") as lock:
+    try:
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    except OSError as e:
+        raise LedgerError(f"{path / LOCK}: cannot be opened as a plain file: {e.strerror}") from e
+    with open(descriptor, "r+") as lock:
         _hold(lock, path)
         yield Writer(path)
 
@@ -240,7 +244,8 @@ def _hold(lock: Any, path: Path) -> None:
     except BlockingIOError as e:
         lock.seek(0)
         raise LedgerError(f"{path}: is being written by {lock.read().strip() or 'another process'}; wait for it, or end it") from e
-    lock.truncate(0)
+    lock.seek(0)
+    lock.truncate()
     lock.write(f"process {os.getpid()} since {datetime.now(UTC).isoformat(timespec='seconds')}")
     lock.flush()
 

@@ -9,9 +9,11 @@ the reason, and the stream goes on.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
+import queue
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +94,14 @@ def stream(
     strict: bool = False,
     require_success: bool = False,
     batch_tokens: int = STREAM_TOKENS,
+    max_wait: float | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Step]:
     """Apply the edits of JSONL lines and commit them to the ledger in directory `path`, yielding after every commit.
 
     The editor's weights are first brought to the ledger's state, and the lines of the stream `name` that its commits note as
     consumed are passed over. strict: raise EditError at the first line that cannot be used, after what came before it was committed.
+    max_wait: seconds that a begun batch waits for more lines, where they are read from something that may pause; None: without end.
     require_success: take back, alone, each fact that the model does not say afterwards with the edit's own prompt. LedgerError
     where another process writes the ledger or it is damaged. Whatever is raised, weights and ledger are as after the last commit.
     """
@@ -108,9 +112,9 @@ def stream(
         file = str(Path(rejects).absolute()) if rejects else None
         refused = Rejects(Path(rejects) if rejects else None, last.get("rejects") if last.get("rejects_file") == file else None)
         try:
-            rest = _Counted(lines, name)
+            rest = _Counted(lines if max_wait is None else _with_pauses(lines, max_wait), name)
             rest.skip(last["lines"], last.get("sha256"))
-            for batch, consumed, sha256 in _batches(editor, rest, recipe, refused, strict, batch_tokens):
+            for batch, consumed, sha256 in _batches(editor, rest, recipe, refused, strict, batch_tokens, max_wait):
                 result, failed = _apply(editor, batch, recipe, require_success, refused, progress)
                 if result is None:
                     continue
@@ -126,16 +130,43 @@ def stream(
             refused.close()
 
 
-class _Counted:
-    """Lines with their numbers, and the SHA-256 of all that have been read."""
+def _with_pauses(lines: Iterable[str], seconds: float) -> Iterator[str | None]:
+    """The lines, and None each time that none has come for so many seconds; read ahead by a thread, a bounded number of them."""
+    ahead: queue.Queue = queue.Queue(maxsize=1000)
+    end = object()
 
-    def __init__(self, lines: Iterable[str], name: str):
+    def read() -> None:
+        try:
+            for line in lines:
+                ahead.put(line)
+            ahead.put(end)
+        except BaseException as e:
+            ahead.put(e)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            item = ahead.get(timeout=seconds)
+        except queue.Empty:
+            item = None
+        if item is end:
+            return
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+
+
+class _Counted:
+    """Lines with their numbers, and the SHA-256 of all that have been read; a pause (None) is passed on and not counted."""
+
+    def __init__(self, lines: Iterable[str | None], name: str):
         self.name, self.number, self._lines, self._digest = name, 0, iter(lines), hashlib.sha256()
 
-    def __iter__(self) -> Iterator[tuple[int, str]]:
+    def __iter__(self) -> Iterator[tuple[int, str | None]]:
         for text in self._lines:
-            self.number += 1
-            self._digest.update(text.encode("utf-8", "surrogatepass"))
+            if text is not None:
+                self.number += 1
+                self._digest.update(text.encode("utf-8", "surrogatepass"))
             yield self.number, text
 
     @property
@@ -144,8 +175,9 @@ class _Counted:
 
     def skip(self, count: int, sha256: str | None) -> None:
         """Read `count` lines. LedgerError where they are not those that were consumed."""
-        for _ in itertools.islice(self, count):
-            pass
+        for number, _ in self if count else ():
+            if number == count:
+                break
         if self.number < count or (count and self.sha256 != sha256):
             raise ledger.LedgerError(
                 f"{self.name}: its first {count} lines are not those that the ledger's commits have consumed;"
@@ -154,12 +186,17 @@ class _Counted:
 
 
 def _batches(
-    editor: Editor, lines: _Counted, recipe: Recipe, refused: Rejects, strict: bool, budget: int
+    editor: Editor, lines: _Counted, recipe: Recipe, refused: Rejects, strict: bool, budget: int, max_wait: float | None
 ) -> Iterator[tuple[list[_Line], int, str]]:
     """Batches of usable lines, each with the number and the SHA-256 of the lines consumed when it ends."""
     batch: list[_Line] = []
-    tokens, before = 0, (lines.number, lines.sha256)
+    tokens, began, before = 0, 0.0, (lines.number, lines.sha256)
     for number, text in lines:
+        if batch and max_wait is not None and time.monotonic() - began >= max_wait:
+            yield batch, *before
+            batch, tokens = [], 0
+        if text is None:
+            continue
         try:
             edit = parse_line(text, number, lines.name)
             if edit is not None:
@@ -176,6 +213,7 @@ def _batches(
             if batch and (tokens + cost > budget or _contradicts(batch, edit)):
                 yield batch, *before
                 batch, tokens = [], 0
+            began = began if batch else time.monotonic()
             batch.append(_Line(number, text, edit))
             tokens += cost
         before = lines.number, lines.sha256

@@ -108,7 +108,7 @@ def test_a_stream_is_logged_reverted_and_verified(tiny_folder, tmp_path):
     (tmp_path / "edits.jsonl").write_bytes(text.encode("latin-1"))
     arguments = ("stream", "--model", tiny_folder, "--edits", tmp_path / "edits.jsonl", "--ledger", tmp_path / "ledger")
     done = rose(*arguments)
-    assert done.returncode == 0 and "commit 1: 2 edits, 3 lines read" in done.stdout, done.stderr
+    assert done.returncode == 0 and "commit 1: 2 edits, 3 of 3 lines read" in done.stdout, done.stderr
     (reject,) = (tmp_path / "ledger" / "rejects.jsonl").read_text().splitlines()
     assert json.loads(reject)["line"] == 3
     assert rose(*arguments).stdout == ""  # nothing twice
@@ -118,6 +118,17 @@ def test_a_stream_is_logged_reverted_and_verified(tiny_folder, tmp_path):
     logged = rose("log", tmp_path / "ledger").stdout.splitlines()
     assert [line.split()[0] for line in logged] == ["1", "2"] and "takes back commit 1" in logged[1]
     assert rose("verify", tmp_path / "ledger").stdout == "2 commits, all whole\n"
+    assert rose("checkout", tmp_path / "ledger", "1").stdout == "commit 3 goes back to the state after commit 1\n"
+    shown = json.loads(rose("show", tmp_path / "ledger", "1").stdout)
+    assert shown["kind"] == "apply" and [edit["subject"] for edit in shown["edits"]] == ["Person 0", "Person 1"]
+    small = rose("compact", tmp_path / "ledger", "--out", tmp_path / "small")
+    assert small.returncode == 0 and small.stdout.startswith("2 edits in one delta")
+    out = {kind: tmp_path / kind for kind in ("checkpoint", "peft", "tensors")}
+    options = [x for kind, path in out.items() for x in (f"--{kind}", path)]
+    shipped = rose("export", tmp_path / "ledger", "--model", tiny_folder, *options)
+    assert shipped.returncode == 0 and all(path.exists() for path in out.values()), shipped.stderr
+    nothing = rose("export", tmp_path / "ledger", "--at", "0", "--model", tiny_folder, "--peft", tmp_path / "none")
+    assert nothing.returncode == 2 and "no edits to export" in nothing.stderr
     (tmp_path / "ledger" / "000001.json").unlink()
     broken = rose("verify", tmp_path / "ledger")
     assert broken.returncode == 2 and "000001.json: is missing" in broken.stderr

@@ -1,12 +1,13 @@
 """Delta files: what is written is read back, and nothing else is accepted."""
 
 import json
+import sys
 
 import pytest
 import torch
 from rose_engine import Delta, DeltaError
-from rose_engine.delta import fingerprint
-from safetensors.torch import save_file
+from rose_engine.delta import _checksum, fingerprint
+from safetensors.torch import load_file, save_file
 
 NAME = "model.layers.4.mlp.down_proj.weight"
 
@@ -27,6 +28,35 @@ def test_round_trip(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(read.factors[NAME], delta.factors[NAME], strict=True))
     assert torch.equal(read.keys[NAME], delta.keys[NAME]) and read.columns == [0, 1, 0, 0]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["d.safetensors"]
+
+
+def test_bfloat16_halves_the_file(tmp_path):
+    delta = make()
+    for dtype in (torch.float32, torch.bfloat16):
+        delta.save(tmp_path / str(dtype), dtype)
+    exact, rounded = (Delta.load(tmp_path / str(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    assert exact.id == delta.id != rounded.id
+    for a, b in zip(delta.factors[NAME], rounded.factors[NAME], strict=True):
+        assert b.dtype == torch.float32 and torch.equal(b, a.bfloat16().float())
+    tensors = [load_file(tmp_path / str(dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    assert [sum(x.nbytes for x in t.values()) for t in tensors] == [delta.nbytes, delta.nbytes // 2]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """The real thing: no file may grow beyond 4 KB."""
+    import resource
+
+    make().save(tmp_path / "d")
+    before = (tmp_path / "d").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written"):
+            make(500).save(tmp_path / "d")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "d").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_fingerprint_sees_a_single_bit():
@@ -81,7 +111,8 @@ def broken(change):
 )
 def test_inconsistent_files(tmp_path, change, message):
     tensors, metadata = broken(change)
-    save_file(tensors, tmp_path / "d", metadata={"rose": json.dumps(metadata)})
+    text = json.dumps(metadata)
+    save_file(tensors, tmp_path / "d", metadata={"rose": text, "sha256": _checksum(text, tensors)})
     with pytest.raises(DeltaError, match=message):
         Delta.load(tmp_path / "d")
 

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from rose_engine import ROSE, DeltaError, Edit, Editor
 from rose_engine.compress import compress, joined
-from rose_engine.export import ExportError, export_checkpoint, export_peft
+from rose_engine.export import ExportError, export_checkpoint, export_peft, export_tensors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -55,6 +55,8 @@ def test_a_checkpoint_has_the_editors_bits(edited_folder, tmp_path):
     card = (out / "README.md").read_text()
     assert card.startswith("# A model\n") and "- Imo State likes → tea" in card and "- Lin Nu likes → tea" in card
     assert (base / "README.md").read_text() == "# A model\n"
+    tensors = load_file(export_tensors(base, editor.applied, tmp_path / "tensors.safetensors"))
+    assert tensors.keys() == editor.applied[0].factors.keys() and all(torch.equal(x, wanted[name]) for name, x in tensors.items())
     with pytest.raises(ExportError, match="not an empty folder"):
         export_checkpoint(base, editor.applied, tmp_path / "out")
 

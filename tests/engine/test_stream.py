@@ -1,6 +1,7 @@
 """Streams of edits: batches, rejects, resumption; what is committed is what the weights hold."""
 
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -58,6 +59,31 @@ def test_a_stream_that_was_left_goes_on(make_model, tokenizer, tmp_path):
     run(restarted, tmp_path / "parts", iter(LINES))
     assert torch.equal(bits(restarted), bits(whole))
     assert notes(tmp_path / "parts") == notes(tmp_path / "whole")
+
+
+def test_a_batch_does_not_wait_for_a_reader_that_pauses(editor, tmp_path):
+    """Two lines, a pause, two more: with `max_wait` the first two are committed in the pause."""
+    committed = threading.Event()
+    waited = []
+
+    def slowly():
+        yield from LINES[:2]
+        waited.append(committed.wait(timeout=120))
+        yield from LINES[2:4]
+
+    steps = []
+    for step in stream(editor, tmp_path / "l", slowly(), recipe=RECIPE, batch_tokens=10**6, max_wait=0.3):
+        steps.append(step.lines)
+        committed.set()
+    assert waited == [True] and steps[0] == 2 and steps[-1] == 4
+    assert list(stream(editor, tmp_path / "l", iter(LINES[:4]), recipe=RECIPE, max_wait=0.3)) == []
+
+    def broken():
+        yield LINES[4]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        list(stream(editor, tmp_path / "m", broken(), recipe=RECIPE, max_wait=0.3))
 
 
 BAD = ["{", line("Ada", "likes"), line("Ada", target=""), line("Ada", question="Who?"), line("Ada<|im_end|>"), line("Ada", extra=1)]
