@@ -221,7 +221,7 @@ def show(ledger: LedgerArgument, number: Annotated[int, typer.Argument(help="The
     commit = commits[number - 1]
     record = asdict(commit)
     if commit.delta is not None:
-        record |= {key: value for key, value in book.delta_of(ledger, commit).metadata.items() if key not in ("columns", "parents")}
+        record |= {key: value for key, value in book.delta_of(ledger, commit).metadata.items() if key != "columns"}
     print(json.dumps(record, ensure_ascii=False, indent=1))
 
 

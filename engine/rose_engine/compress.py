@@ -68,7 +68,8 @@ def combined(deltas: Sequence[Delta], tolerance: float = 1e-6) -> tuple[Delta, f
     metadata = {
         **deltas[-1].metadata,
         "base": [base[name] for name in factors],
-        "parents": [],
+        "parent": None,
+        "below": 0,
         "edits": [edit for same in edits.values() for edit in same],
         "subjects": subjects,
         "columns": whose,

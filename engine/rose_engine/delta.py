@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,9 +36,9 @@ class Delta:
     """By the state-dict name of each edited weight its factors (U [d_out, n], V [n, d_in]) and its keys [d_in, m], float32; and metadata.
 
     metadata: JSON values. `base` holds, for each edited weight of the model the delta was made on, name, shape, dtype and SHA-256;
-    `parents` the ids of the deltas that were in the weights then; `edits`, `recipe`, `report`, `versions` and `created` say what
-    was done. `subjects` and `columns` [m] say which subject each key is of. keys: of all weights or, where the change is all that is
-    kept, of none.
+    `parent` the `state_id` of the deltas that were in the weights then, and `below` their number; `edits`, `recipe`, `report`,
+    `versions` and `created` say what was done. `subjects` and `columns` [m] say which subject each key is of. keys: of all weights
+    or, where the change is all that is kept, of none.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -110,6 +110,11 @@ class Delta:
         return cls({n: (U, V) for n, (U, V, *_) in wide.items()}, metadata, {n: K[0] for n, (_, _, *K) in wide.items() if K})
 
 
+def state_id(deltas: Sequence[Delta]) -> str | None:
+    """What names a state of the weights: the SHA-256 of the ids of the deltas in them, in order; None for the base."""
+    return hashlib.sha256("\n".join(delta.id for delta in deltas).encode()).hexdigest() if deltas else None
+
+
 def _metadata(header: dict[str, str] | None, path: str | Path) -> dict[str, Any]:
     if not header or HEADER not in header:
         raise DeltaError(f"{path}: has no `{HEADER}` entry in its header; it is not a delta")
@@ -119,8 +124,8 @@ def _metadata(header: dict[str, str] | None, path: str | Path) -> dict[str, Any]
         raise DeltaError(f"{path}: its metadata is not JSON: {e}") from e
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise DeltaError(f"{path}: is not of delta format {FORMAT}")
-    parents = metadata.get("parents")
-    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+    parent, below = metadata.get("parent"), metadata.get("below")
+    if type(below) is not int or below < 0 or not isinstance(parent, str if below else type(None)):
         raise DeltaError(f"{path}: does not say which edits it stands on")
     _check_facts(metadata, path)
     base = metadata.get("base")

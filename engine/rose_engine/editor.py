@@ -21,7 +21,7 @@ from rose_engine import embedded
 from rose_engine import stream as streaming
 from rose_engine.adapter import Adapter
 from rose_engine.architecture import decoder_of
-from rose_engine.delta import FORMAT, Delta, DeltaError, fingerprint
+from rose_engine.delta import FORMAT, Delta, DeltaError, fingerprint, state_id
 from rose_engine.dtype import dtype_of
 from rose_engine.edits import Edit, EditError, check_consistent, group_by_subject
 from rose_engine.forms import bystander_rows, chat_parts
@@ -118,7 +118,7 @@ class Editor:
         A recipe whose `sequential` is "joint" leaves what earlier edits wrote where it is, and optimises a subject that was edited before
         with all its facts; of two targets for one prompt the later replaces the earlier.
         verify: read the facts and the `unrelated` prompts before and after. EditError names an edit that cannot be used;
-        FloatingPointError where the optimisation diverges; ValueError where the weights' system cannot be solved.
+        Diverged names the subjects whose optimisation did; ValueError where the weights' system cannot be solved.
         """
         edits, recipe = list(edits), recipe or self.recipe
         if not edits:
@@ -149,7 +149,8 @@ class Editor:
             metadata = {
                 "format": FORMAT,
                 "base": [self._base_record[name] for name in written.factors],
-                "parents": [delta.id for delta in self._applied],
+                "parent": state_id(self._applied),
+                "below": len(self._applied),
                 "edits": [edit.as_dict() for edit in edits],
                 "subjects": names,
                 "columns": written.columns,
@@ -209,8 +210,8 @@ class Editor:
         modules = {self.decoder.weight_name(layer): self.decoder.projection(layer) for layer in range(len(self.decoder.layers))}
         return Adapter(modules, deltas)
 
-    def stream(self, path: str | Path, lines: Iterable[str], name: str = "<stream>", **options: Any) -> Iterator[streaming.Step]:
-        """Apply JSONL lines batch by batch, each committed to the ledger in directory `path`: `rose_engine.stream.stream`."""
+    def stream(self, path: str | Path, lines: Iterable[str | Edit], name: str = "<stream>", **options: Any) -> Iterator[streaming.Step]:
+        """Apply edits or JSONL lines batch by batch, each committed to the ledger in directory `path`: `rose_engine.stream.stream`."""
         return streaming.stream(self, path, lines, name, **options)
 
     def restore(self, deltas: Sequence[Delta]) -> None:
@@ -276,9 +277,9 @@ class Editor:
         add_low_rank_(W, U, V)
 
     def _check_parents(self, delta: Delta, above: Sequence[Delta] = ()) -> None:
-        parents = delta.metadata["parents"]
-        if parents != [other.id for other in (*self._applied, *above)]:
-            raise DeltaError(f"the delta was made on top of {len(parents)} other edits; load those first, in their order, and no others")
+        if delta.metadata["parent"] != state_id([*self._applied, *above]):
+            below = delta.metadata["below"]
+            raise DeltaError(f"the delta was made on top of {below} other edits; load those first, in their order, and no others")
 
     def _check_base(self, delta: Delta) -> list[int]:
         layer_of = {self.decoder.weight_name(layer): layer for layer in range(len(self.decoder.layers))}

@@ -31,6 +31,14 @@ STEP_TOKENS = 320
 BATCH_TOKENS = 640
 
 
+class Diverged(FloatingPointError):
+    """The loss of some subjects is not finite. subjects: their places in the call, from 0."""
+
+    def __init__(self, subjects: Sequence[int], step: int):
+        super().__init__(f"the loss is not finite at step {step}; a smaller lr or float32 weights may help")
+        self.subjects, self.step = tuple(subjects), step
+
+
 # progress(subjects done, subjects in all, step, mean loss of the batch)
 Progress = Callable[[int, int, int, float], None]
 # clock(stage): the stage, "prepare" or "optimise", has just ended
@@ -105,12 +113,15 @@ def optimize_values(
 ) -> Values:
     """Optimise one delta for each subject, as many subjects at a time as `batch_tokens` suffix tokens hold.
 
-    FloatingPointError where a loss is not finite.
+    Diverged where a loss is not finite.
     """
     parts, done = [], 0
     for members in batches_of(subjects, batch_tokens):
         report = partial(progress, done, len(subjects)) if progress else None
-        parts.append(_optimize_batch(decoder, members, recipe, report, clock, step_tokens))
+        try:
+            parts.append(_optimize_batch(decoder, members, recipe, report, clock, step_tokens))
+        except Diverged as e:
+            raise Diverged([done + subject for subject in e.subjects], e.step) from None
         done += len(members)
     return Values(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Values)})
 
@@ -153,7 +164,7 @@ def _optimize_batch(
             row_grad[index], row_loss[index] = result.grad, result.loss
         loss = segment_mean(segment_mean(row_loss[:facts], relation_offset), subject_offset)
         if not torch.isfinite(loss).all():
-            raise FloatingPointError(f"the loss is not finite at step {step}; a smaller lr or float32 weights may help")
+            raise Diverged((~torch.isfinite(loss)).nonzero()[:, 0].tolist(), step)
         active &= ~(loss < recipe.stop_loss)
         if progress is not None:
             progress(step, float(loss.mean()))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from rose_engine import ledger
 from rose_engine.edits import Edit, EditError, check_consistent, group_by_subject, parse_line
-from rose_engine.optimize import Progress, subject_rows
+from rose_engine.optimize import Diverged, Progress, subject_rows
 from rose_engine.recipe import Recipe
 from rose_engine.verify import FactReport
 
@@ -86,7 +86,7 @@ class _Line:
 def stream(
     editor: Editor,
     path: str | Path,
-    lines: Iterable[str],
+    lines: Iterable[str | Edit],
     name: str = "<stream>",
     *,
     recipe: Recipe | None = None,
@@ -97,7 +97,7 @@ def stream(
     max_wait: float | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Step]:
-    """Apply the edits of JSONL lines and commit them to the ledger in directory `path`, yielding after every commit.
+    """Apply edits, given as such or as JSONL lines, and commit them to the ledger in directory `path`, yielding after every commit.
 
     The editor's weights are first brought to the ledger's state, and the lines of the stream `name` that its commits note as
     consumed are passed over. strict: raise EditError at the first line that cannot be used, after what came before it was committed.
@@ -130,7 +130,7 @@ def stream(
             refused.close()
 
 
-def _with_pauses(lines: Iterable[str], seconds: float) -> Iterator[str | None]:
+def _with_pauses(lines: Iterable[str | Edit], seconds: float) -> Iterator[str | Edit | None]:
     """The lines, and None each time that none has come for so many seconds; read ahead by a thread, a bounded number of them."""
     ahead: queue.Queue = queue.Queue(maxsize=1000)
     end = object()
@@ -157,13 +157,14 @@ def _with_pauses(lines: Iterable[str], seconds: float) -> Iterator[str | None]:
 
 
 class _Counted:
-    """Lines with their numbers, and the SHA-256 of all that have been read; a pause (None) is passed on and not counted."""
+    """Lines with their numbers, and the SHA-256 of all that have been read; a pause (None) is passed on, not counted. An edit is a line."""
 
-    def __init__(self, lines: Iterable[str | None], name: str):
+    def __init__(self, lines: Iterable[str | Edit | None], name: str):
         self.name, self.number, self._lines, self._digest = name, 0, iter(lines), hashlib.sha256()
 
     def __iter__(self) -> Iterator[tuple[int, str | None]]:
-        for text in self._lines:
+        for line in self._lines:
+            text = json.dumps(line.as_dict(), ensure_ascii=False) if isinstance(line, Edit) else line
             if text is not None:
                 self.number += 1
                 self._digest.update(text.encode("utf-8", "surrogatepass"))
@@ -232,14 +233,17 @@ def _contradicts(batch: list[_Line], edit: Edit) -> bool:
 def _apply(
     editor: Editor, batch: list[_Line], recipe: Recipe, require_success: bool, refused: Rejects, progress: Progress | None
 ) -> tuple[Result | None, tuple[FactReport, ...]]:
-    """Apply a batch; with require_success again without the facts that failed. None where nothing of it is left."""
+    """Apply a batch without the subjects that diverge, with require_success without the facts that failed. None where nothing is left."""
     while batch:
         try:
             result = editor.apply([line.edit for line in batch], recipe=recipe, progress=progress)
-        except FloatingPointError as e:
+        except Diverged as e:
+            names = {subject.name for i, subject in enumerate(group_by_subject(line.edit for line in batch)) if i in e.subjects}
             for line in batch:
-                refused.add(line.number, line.text, f"could not be applied: {e}")
-            break
+                if line.edit.subject.strip() in names:
+                    refused.add(line.number, line.text, f"could not be applied: {e}")
+            batch = [line for line in batch if line.edit.subject.strip() not in names]
+            continue
         wrong = [(line, fact) for line, fact in zip(batch, result.report.facts, strict=True) if fact.prompt_after.success < 1]
         failed = tuple(fact for _, fact in wrong)
         if not (wrong and require_success):

@@ -16,7 +16,7 @@ def make(n: int = 3) -> Delta:
     weight = torch.randn(6, 10)
     factors = {NAME: (torch.randn(6, n), torch.randn(n, 10))}
     facts = {"edits": [{"subject": "{🙂}\n"}], "subjects": ["{🙂}\n", "b"], "columns": [0, 1, 0, 0]}
-    metadata = {"format": 1, "base": fingerprint({NAME: weight}), "parents": [], **facts}
+    metadata = {"format": 1, "base": fingerprint({NAME: weight}), "parent": None, "below": 0, **facts}
     return Delta(factors, metadata, {NAME: torch.randn(10, 4)})
 
 
@@ -89,7 +89,9 @@ def broken(change):
     [
         (lambda m, t: m.update(format=2), "format 1"),
         (lambda m, t: m.pop("base"), "names no weights"),
-        (lambda m, t: m.update(parents=[1]), "stands on"),
+        (lambda m, t: m.update(below=-1), "stands on"),
+        (lambda m, t: m.update(parent="a"), "stands on"),
+        (lambda m, t: m.update(below=2), "stands on"),
         (lambda m, t: m["base"][0].pop("sha256"), "incomplete"),
         (lambda m, t: m["base"][0].update(shape=[6]), "not that of a matrix"),
         (lambda m, t: m["base"].append(m["base"][0]), "twice"),

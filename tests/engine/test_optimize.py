@@ -6,7 +6,7 @@ import pytest
 import torch
 from rose_engine.architecture import decoder_of
 from rose_engine.edits import group_by_subject
-from rose_engine.optimize import optimize_values, subject_rows
+from rose_engine.optimize import Diverged, optimize_values, subject_rows
 from rose_engine.recipe import ROSE
 
 from tests.conftest import IMO, LIN, MARTEAU
@@ -90,5 +90,5 @@ def test_a_subject_that_has_converged_leaves(setting):
 
 def test_divergence_is_an_error(setting):
     _, decoder, subjects = setting
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(Diverged, match="not finite"):
         optimize_values(decoder, subjects, replace(RECIPE, lr=float("inf")))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rose_engine import ROSE, EditError, Editor, ledger
+from rose_engine import ROSE, Edit, EditError, Editor, ledger, optimize
 from rose_engine.stream import stream
 
 RECIPE = replace(ROSE, steps=2, lr=0.05, layers=(1, 2))
@@ -130,6 +130,32 @@ def test_strict_stops_after_what_came_before(editor, tmp_path):
 def test_a_contradiction_is_a_later_edit(editor, tmp_path):
     steps = run(editor, tmp_path / "l", [line("Ada", target="tea"), line("Ada", target="milk")])
     assert [step.lines for step in steps] == [1, 2]
+
+
+def test_a_subject_that_diverges_is_left_out_alone(editor, tmp_path, monkeypatch):
+    """Two of four subjects of a batch get a loss that is not finite."""
+    honest = optimize.suffix_step
+
+    def step(batch, delta, subject):
+        done = honest(batch, delta, subject)
+        for b, r in enumerate(batch.suffixes.row.tolist()):
+            if "Zanzibar" in editor.tokenizer.decode(batch.prepared.rows[r].tokens):
+                done.loss[b] = torch.nan
+        return done
+
+    monkeypatch.setattr(optimize, "suffix_step", step)
+    lines = [line(name) for name in ("Ada", "Port Zanzibar", "Kofi", "New Zanzibar")]
+    (step,) = stream(editor, tmp_path / "l", lines, recipe=RECIPE, batch_tokens=10**6, rejects=tmp_path / "r.jsonl")
+    assert [e["subject"] for e in step.result.delta.metadata["edits"]] == ["Ada", "Kofi"]
+    rejects = [json.loads(text) for text in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [r["line"] for r in rejects] == [2, 4] and all("not finite" in r["reason"] for r in rejects)
+
+
+def test_edits_are_streamed_as_they_are(editor, tmp_path):
+    edits = [Edit(f"Person {i}", "{} likes", "tëa") for i in range(3)]
+    steps = list(editor.stream(tmp_path / "l", edits, recipe=RECIPE))
+    assert [e for step in steps for e in step.result.delta.metadata["edits"]] == [edit.as_dict() for edit in edits]
+    assert list(editor.stream(tmp_path / "l", edits, recipe=RECIPE)) == []
 
 
 def test_facts_that_fail_are_taken_back_alone(editor, tmp_path, monkeypatch):
