@@ -24,8 +24,8 @@ from rose_engine.architecture import decoder_of
 from rose_engine.delta import FORMAT, Delta, DeltaError, fingerprint, state_id
 from rose_engine.dtype import dtype_of
 from rose_engine.edits import Edit, EditError, check_consistent, group_by_subject
-from rose_engine.forms import bystander_rows, chat_parts
-from rose_engine.memory import Memory, with_earlier
+from rose_engine.forms import Row, bystander_rows, chat_parts
+from rose_engine.memory import Memory, facts_in, with_earlier
 from rose_engine.optimize import Progress, optimize_values, subject_rows
 from rose_engine.precondition import Protected
 from rose_engine.recipe import Recipe, preset
@@ -138,7 +138,8 @@ class Editor:
         self._keep_base(recipe.layers)
         rows = [row for plan in plans for row in plan.facts]
         owner = [s for s, plan in enumerate(plans) for _ in plan.facts]
-        bystanders = bystander_rows(edits, self.tokenizer, recipe.bystanders) if recipe.bystanders else []
+        known = [edit for subject in subjects for edit in subject.edits]
+        bystanders = self._bystanders(known, facts_in(self._applied) if joint else [], recipe.bystanders)
         with all_or_nothing(self.weights(recipe.layers).values()):
             earlier = partial(self._earlier, names, recipe.ridge) if joint else lambda name: None
             written = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe, bystanders, earlier)
@@ -266,6 +267,17 @@ class Editor:
         new = {name: weight.cpu().clone() for name, weight in self.weights(layers).items() if name not in self._base}
         self._base.update(new)
         self._base_record.update((record["name"], record) for record in fingerprint(new))
+
+    def _bystanders(self, edits: Sequence[Edit], earlier: Sequence[Edit], count: int) -> list[Row]:
+        """Rows of bystanders: about `count` in the prompts of these edits, and as many in other prompts of earlier ones."""
+        prompts = {edit.prompt for edit in edits}
+        others = [edit for edit in earlier if edit.prompt not in prompts]
+        return [
+            row
+            for some in (edits, others)
+            if count and some
+            for row in bystander_rows(some, self.tokenizer, count, spoken=[*edits, *earlier])
+        ]
 
     def _earlier(self, without: Sequence[str], ridge: float, name: str) -> Protected | None:
         return self._memory.of(name, self._applied, without, ridge, self.decoder.embedding.weight.device)

@@ -228,15 +228,15 @@ def regulariser_row(subject: str, tokenizer: Any) -> Row:
     return Row(tokens, row.last, len(tokens))
 
 
-def bystander_rows(edits: Sequence[Edit], tokenizer: Any, count: int) -> list[Row]:
+def bystander_rows(edits: Sequence[Edit], tokenizer: Any, count: int, spoken: Sequence[Edit] = ()) -> list[Row]:
     """Prompts of the edits about other subjects, as statements and in the chat template in turn: about `count`, each name once a prompt.
 
     What they are read for are the keys of all their tokens, which the write is to leave alone; they have no target. Names
-    that an edit speaks of, as its subject or its target, are passed over.
+    that these edits or those of `spoken` speak of, as subject or target, are passed over.
     """
-    spoken = " ".join(f"{edit.subject} {edit.target}" for edit in edits).casefold()
-    edited = {edit.subject.strip().casefold() for edit in edits}
-    names = [name for name in BYSTANDERS if name.casefold() not in spoken and not any(s in name.casefold() for s in edited)]
+    said = " ".join(f"{edit.subject} {edit.target}" for edit in (*edits, *spoken)).casefold()
+    edited = {edit.subject.strip().casefold() for edit in (*edits, *spoken)}
+    names = [name for name in BYSTANDERS if name.casefold() not in said and not any(s in name.casefold() for s in edited)]
     prompts = list(dict.fromkeys(edit.prompt for edit in edits))[:count]
     forms = (STATEMENT, CHAT_QUESTION) if tokenizer.chat_template else (STATEMENT,)
     rows = []

@@ -18,14 +18,17 @@ from rose_engine.edits import Edit, edit_from_dict
 from rose_engine.precondition import Protected, protect
 
 
+def facts_in(deltas: Sequence[Delta]) -> list[Edit]:
+    """The edits of the deltas, in order. EditError where one of them is not an edit."""
+    return [edit_from_dict(record, f"delta {delta.id[:8]}") for delta in deltas for record in delta.metadata["edits"]]
+
+
 def with_earlier(deltas: Sequence[Delta], edits: Sequence[Edit]) -> list[Edit]:
     """The edits of each subject in order, after the facts that the deltas hold of it; of two facts with one prompt the later counts."""
     facts: dict[str, dict[str, list[Edit]]] = {edit.subject.strip(): {} for edit in edits}
-    for delta in deltas:
-        for record in delta.metadata["edits"]:
-            earlier = edit_from_dict(record, f"delta {delta.id[:8]}")
-            if (known := facts.get(earlier.subject.strip())) is not None:
-                known[earlier.prompt.strip()] = [earlier]
+    for earlier in facts_in(deltas):
+        if (known := facts.get(earlier.subject.strip())) is not None:
+            known[earlier.prompt.strip()] = [earlier]
     for edit in edits:  # one fact may be given with several questions
         known = facts[edit.subject.strip()]
         known[edit.prompt.strip()] = [e for e in known.get(edit.prompt.strip(), []) if any(e is other for other in edits)] + [edit]
