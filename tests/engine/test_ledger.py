@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rose_engine import ROSE, Delta, Edit, Editor, ledger
+from rose_engine import ROSE, Edit, Editor, ledger
 from rose_engine.delta import DeltaError
 from rose_engine.ledger import LedgerError, writing
 
@@ -244,23 +244,51 @@ def test_what_a_killed_commit_leaves_behind(editor, tmp_path):
     assert len(ledger.verify(path)) == 1
 
 
-def test_a_full_disk_leaves_the_ledger_as_it_was(editor, tmp_path, monkeypatch):
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
+def test_a_full_disk_leaves_the_ledger_as_it_was(editor, tmp_path):
+    """The real thing: no file may grow beyond 4 KB."""
+    import resource
+
     path = tmp_path / "l"
     fill(editor, path, 1)
     delta = editor.apply([Edit("Ingrid", "{} likes", "tea")], recipe=RECIPE, verify=False).delta
     files = sorted(os.listdir(path))
-
-    def full(self, file):
-        raise OSError(28, "No space left on device")
-
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with writing(path) as writer:
-        with monkeypatch.context() as patch:
-            patch.setattr(Delta, "save", full)
-            with pytest.raises(OSError, match="No space"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            with pytest.raises(OSError, match="cannot be written"):
                 writer.apply(delta)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert sorted(os.listdir(path)) == files and len(ledger.verify(path)) == 1
         writer.apply(delta)
     assert len(ledger.verify(path)) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_directory(editor, tmp_path):
+    path = tmp_path / "l"
+    fill(editor, path, 1)
+    path.chmod(0o500)
+    try:
+        assert len(ledger.verify(path)) == 1
+        with pytest.raises((LedgerError, OSError)), writing(path) as writer:
+            writer.revert(1)
+    finally:
+        path.chmod(0o700)
+    assert len(ledger.verify(path)) == 1
+
+
+def test_a_lock_that_links_out_is_not_followed(editor, tmp_path):
+    path = tmp_path / "l"
+    fill(editor, path, 1)
+    (tmp_path / "outside").write_text("of somebody else")
+    (path / "LOCK").unlink()
+    (path / "LOCK").symlink_to(tmp_path / "outside")
+    with pytest.raises(LedgerError, match="LOCK: cannot be opened as a plain file"), writing(path):
+        pass
+    assert (tmp_path / "outside").read_text() == "of somebody else"
 
 
 def test_head_is_brought_along_whatever_kept_it_back(editor, tmp_path, monkeypatch):
