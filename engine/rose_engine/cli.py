@@ -133,6 +133,7 @@ def stream(
     ledger: Annotated[Path, typer.Option("--ledger", "-l", help="Directory of the ledger; it is made where there is none.")],
     edits: Annotated[str, typer.Option("--edits", "-e", help="JSONL file of edits; - reads standard input.")] = "-",
     model: ModelOption = "smollm2",
+    name: Annotated[str | None, typer.Option(help="By which the stream is found again. Default: the file's path, or <stdin>.")] = None,
     rejects: Annotated[Path | None, typer.Option(help="JSONL file for lines that cannot be used. Default: LEDGER/rejects.jsonl.")] = None,
     strict: Annotated[bool, typer.Option(help="Stop at the first line that cannot be used.")] = False,
     require_success: Annotated[bool, typer.Option(help="Take back, alone, each fact that the model does not say afterwards.")] = False,
@@ -147,23 +148,25 @@ def stream(
     began, done, total = time.perf_counter(), 0, None
     with ExitStack() as stack:
         if edits == "-":
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
-            lines = sys.stdin
+            # Not sys.stdin, whose lock a thread that waits for a line would hold while the interpreter ends.
+            lines = open(os.dup(sys.stdin.fileno()), encoding="utf-8-sig", errors="surrogateescape")  # noqa: SIM115
         else:
             with _readable(edits):
                 lines = stack.enter_context(open(edits, encoding="utf-8-sig", errors="surrogateescape"))
                 if lines.seekable():
                     total = sum(1 for _ in lines)
                     lines.seek(0)
-        where = rejects or ledger / "rejects.jsonl"
-        name = "<stdin>" if edits == "-" else str(Path(edits).resolve())
+        name = name or ("<stdin>" if edits == "-" else str(Path(edits).resolve()))
         progress = stack.enter_context(progress_on_terminal("optimising"))
-        options = {"rejects": where, "strict": strict, "require_success": require_success, "max_wait": max_wait}
+        options = {"rejects": rejects, "strict": strict, "require_success": require_success, "max_wait": max_wait}
         steps = run(editor, ledger, lines, name, progress=progress, **options)
         for step in steps:
+            for fact in step.failed:
+                errors.print(f"not said: {fact.prompt.replace('{}', fact.subject)} {fact.target}", markup=False)
             done += step.commit.edits
             rate = done / (time.perf_counter() - began)
             failed = f", not said: {len(step.failed)}" if step.failed else ""
+            failed += f", rejected so far: {step.rejected}" if step.rejected else ""
             left = f", {_duration((total - step.lines) / rate)} left" if total else ""
             read = f"{step.lines} of {total}" if total else f"{step.lines}"
             print(
@@ -221,7 +224,8 @@ def show(ledger: LedgerArgument, number: Annotated[int, typer.Argument(help="The
     commit = commits[number - 1]
     record = asdict(commit)
     if commit.delta is not None:
-        record |= {key: value for key, value in book.delta_of(ledger, commit).metadata.items() if key != "columns"}
+        metadata = book.delta_of(ledger, commit).metadata
+        record["contents"] = {key: value for key, value in metadata.items() if key != "columns"}
     print(json.dumps(record, ensure_ascii=False, indent=1))
 
 
@@ -264,18 +268,20 @@ def export(
     from rose_engine import export as ship
     from rose_engine import ledger as book
     from rose_engine.delta import Delta
-    from rose_engine.embedded import checkpoint_folder
+    from rose_engine.embedded import NAME, checkpoint_folder
 
     if not (checkpoint or peft or tensors):
         raise ship.ExportError("say what to write: --checkpoint, --peft or --tensors")
     deltas = book.deltas(source, at) if source.is_dir() else [Delta.load(source)]
+    base = checkpoint_folder(model)
+    ship.check_base(base, deltas)
     if peft:
-        error = ship.export_peft(deltas, peft, base=model, rank=rank, tolerance=tolerance)
+        error = ship.export_peft(deltas, peft, base=str(base) if model == NAME else model, rank=rank, tolerance=tolerance)
         print(f"adapter, relative error {error:.1e}: {peft}")
     if checkpoint:
-        print(f"checkpoint: {ship.export_checkpoint(checkpoint_folder(model), deltas, checkpoint)}")
+        print(f"checkpoint: {ship.export_checkpoint(base, deltas, checkpoint)}")
     if tensors:
-        print(f"tensors: {ship.export_tensors(checkpoint_folder(model), deltas, tensors)}")
+        print(f"tensors: {ship.export_tensors(base, deltas, tensors)}")
 
 
 @app.command()

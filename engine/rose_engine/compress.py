@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rose_engine.delta import Delta, DeltaError
-from rose_engine.memory import latest_columns
+from rose_engine.delta import Delta, DeltaError, base_records
+from rose_engine.memory import facts_in, latest, latest_columns
 
 Factors = tuple[Tensor, Tensor]
 
@@ -52,25 +52,18 @@ def combined(deltas: Sequence[Delta], tolerance: float = 1e-6) -> tuple[Delta, f
     """
     if not deltas:
         raise DeltaError("there are no deltas to combine")
-    base: dict[str, dict] = {}
-    for record in (record for delta in deltas for record in delta.metadata["base"]):
-        if base.setdefault(record["name"], record) != record:
-            raise DeltaError(f"the deltas belong to different bases: they do not agree on `{record['name']}`")
+    base = base_records(deltas)
     factors, error = compress_all(joined(deltas), tolerance=tolerance)
     places = latest_columns(deltas)
     subjects = list(dict.fromkeys(delta.subjects[delta.columns[c]] for delta, columns in zip(deltas, places, strict=True) for c in columns))
     whose = [subjects.index(delta.subjects[delta.columns[c]]) for delta, columns in zip(deltas, places, strict=True) for c in columns]
     keys = {name: torch.cat([_keys(delta, name, c, base[name]) for delta, c in zip(deltas, places, strict=True)], 1) for name in factors}
-    edits: dict[tuple[str, str], list[dict]] = {}
-    for edit in (edit for delta in deltas for edit in delta.metadata["edits"]):
-        same = edits.setdefault((edit["subject"].strip(), edit["prompt"].strip()), [])
-        same[:] = [other for other in same if other["target"] == edit["target"]] + [edit]
     metadata = {
         **deltas[-1].metadata,
         "base": [base[name] for name in factors],
         "parent": None,
         "below": 0,
-        "edits": [edit for same in edits.values() for edit in same],
+        "edits": [edit.as_dict() for edit in latest(facts_in(deltas))],
         "subjects": subjects,
         "columns": whose,
         "report": None,

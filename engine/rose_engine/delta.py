@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rose_engine.edits import Edit, EditError, edit_from_dict
 from rose_engine.files import replacing
 
 FORMAT = 1
@@ -98,7 +99,7 @@ class Delta:
                 parts = "UVK" if "columns" in metadata else "UV"
                 if sorted(f.keys()) != sorted(f"{name}.{part}" for name in names for part in parts):
                     raise DeltaError(f"{path}: its tensors are not {', '.join(parts)} of the weights it names")
-                tensors = {f"{name}.{part}": f.get_tensor(f"{name}.{part}") for name in names for part in parts}
+                tensors = {f"{name}.{part}": f.get_tensor(f"{name}.{part}").clone() for name in names for part in parts}
         except SafetensorError as e:
             raise DeltaError(f"{path}: is not a safetensors file: {e}") from e
         if header.get(CHECKSUM) != _checksum(header[HEADER], tensors):
@@ -108,6 +109,23 @@ class Delta:
             _check_tensors(read[record["name"]], record, len(metadata.get("columns", ())), path)
         wide = {name: [x.float() for x in parts] for name, parts in read.items()}
         return cls({n: (U, V) for n, (U, V, *_) in wide.items()}, metadata, {n: K[0] for n, (_, _, *K) in wide.items() if K})
+
+
+def edit_of(record: Any, source: Any) -> Edit:
+    """An edit of a delta's metadata. DeltaError where it is none."""
+    try:
+        return edit_from_dict(record)
+    except EditError as e:
+        raise DeltaError(f"{source}: one of its edits is none: {e}") from e
+
+
+def base_records(deltas: Sequence[Delta]) -> dict[str, dict[str, Any]]:
+    """The record of each weight that the deltas edit. DeltaError where they do not agree on one."""
+    base: dict[str, dict[str, Any]] = {}
+    for record in (record for delta in deltas for record in delta.metadata["base"]):
+        if base.setdefault(record["name"], record) != record:
+            raise DeltaError(f"the deltas belong to different bases: they do not agree on `{record['name']}`")
+    return base
 
 
 def state_id(deltas: Sequence[Delta]) -> str | None:
@@ -120,7 +138,7 @@ def _metadata(header: dict[str, str] | None, path: str | Path) -> dict[str, Any]
         raise DeltaError(f"{path}: has no `{HEADER}` entry in its header; it is not a delta")
     try:
         metadata = json.loads(header[HEADER])
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise DeltaError(f"{path}: its metadata is not JSON: {e}") from e
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise DeltaError(f"{path}: is not of delta format {FORMAT}")
@@ -133,8 +151,8 @@ def _metadata(header: dict[str, str] | None, path: str | Path) -> dict[str, Any]
     if not isinstance(base, list) or not base:
         raise DeltaError(f"{path}: names no weights of its base")
     for record in base:
-        if not isinstance(record, dict) or any(not isinstance(record.get(k), t) for k, t in keys.items()):
-            raise DeltaError(f"{path}: its description of the base is incomplete")
+        if not isinstance(record, dict) or set(record) != set(keys) or any(not isinstance(record[k], t) for k, t in keys.items()):
+            raise DeltaError(f"{path}: its description of the base is incomplete, or says more than it should")
         if len(record["shape"]) != 2 or not all(isinstance(n, int) and n > 0 for n in record["shape"]):
             raise DeltaError(f"{path}: the shape of `{record['name']}` is not that of a matrix")
     if len({record["name"] for record in base}) != len(base):
@@ -144,8 +162,10 @@ def _metadata(header: dict[str, str] | None, path: str | Path) -> dict[str, Any]
 
 def _check_facts(metadata: Mapping[str, Any], path: str | Path) -> None:
     edits = metadata.get("edits")
-    if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in edits):
+    if not isinstance(edits, list) or not isinstance(metadata.get("recipe"), dict | None):
         raise DeltaError(f"{path}: does not say which edits it holds")
+    for edit in edits:
+        edit_of(edit, path)
     columns, subjects = metadata.get("columns", []), metadata.get("subjects", [])
     if not isinstance(subjects, list) or not all(isinstance(s, str) for s in subjects) or not isinstance(columns, list):
         raise DeltaError(f"{path}: does not say whose its keys are")
@@ -176,7 +196,7 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 def tensor_bytes(x: Tensor) -> Any:
     """The bytes of a tensor, row by row, as an array of uint8."""
-    return x.detach().contiguous().cpu().view(torch.uint8).numpy()
+    return x.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> list[dict[str, Any]]:

@@ -170,7 +170,9 @@ class Editor:
         """Write a delta, as made by `apply`, into the model: the same bits. DeltaError where it belongs to another base, or was made
         on top of other edits than those that are in the weights."""
         layers = self._check_base(delta)
-        self._check_parents(delta)
+        if delta.metadata["parent"] != state_id(self._applied):
+            below = delta.metadata["below"]
+            raise DeltaError(f"the delta was made on top of {below} other edits; load those first, in their order, or `restore` them all")
         with all_or_nothing(self.weights(layers).values()):
             self._add(delta)
         self._applied.append(delta)
@@ -202,12 +204,11 @@ class Editor:
     def as_adapter(self, *deltas: Delta) -> Adapter:
         """Serve deltas beside the weights as they are: `with adapter:` answers with the edits, elsewhere the model answers without.
 
-        The weights stay untouched; a low-rank branch of the edited projections costs two thin products a token. DeltaError
-        where a delta belongs to another base or was made on top of other edits than those that are in the weights.
+        Their changes are added to what the weights are; a low-rank branch of the edited projections costs two thin products a token.
+        DeltaError where a delta belongs to another base.
         """
-        for i, delta in enumerate(deltas):
+        for delta in deltas:
             self._check_base(delta)
-            self._check_parents(delta, deltas[:i])
         modules = {self.decoder.weight_name(layer): self.decoder.projection(layer) for layer in range(len(self.decoder.layers))}
         return Adapter(modules, deltas)
 
@@ -287,11 +288,6 @@ class Editor:
         W = [weights[name] for name in delta.factors]
         U, V = ([factors[i].to(w.device) for w, factors in zip(W, delta.factors.values(), strict=True)] for i in (0, 1))
         add_low_rank_(W, U, V)
-
-    def _check_parents(self, delta: Delta, above: Sequence[Delta] = ()) -> None:
-        if delta.metadata["parent"] != state_id([*self._applied, *above]):
-            below = delta.metadata["below"]
-            raise DeltaError(f"the delta was made on top of {below} other edits; load those first, in their order, and no others")
 
     def _check_base(self, delta: Delta) -> list[int]:
         layer_of = {self.decoder.weight_name(layer): layer for layer in range(len(self.decoder.layers))}

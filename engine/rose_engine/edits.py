@@ -173,6 +173,10 @@ def _json(text: str, name: str, line: int | None = None) -> object:
         raise EditError(f"is not JSON: {e.msg} at column {e.colno}", place) from e
     except RecursionError as e:
         raise EditError("is nested too deeply", name) from e
+    except EditError:
+        raise
+    except ValueError as e:  # a number of thousands of digits
+        raise EditError(f"is not JSON that can be read: {e}", name) from e
 
 
 def _parse_csv(stream: TextIO, name: str) -> Iterator[Edit]:

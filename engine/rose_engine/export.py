@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rose_engine.compress import compress_all, joined
-from rose_engine.delta import Delta, DeltaError, fingerprint, tensor_bytes
+from rose_engine.delta import Delta, DeltaError, base_records, fingerprint, tensor_bytes
 from rose_engine.files import replacing
 from rose_kernels import add_low_rank_
 
@@ -55,10 +55,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 def edited(weight: Tensor, name: str, deltas: Sequence[Delta]) -> Tensor:
     """A base weight with the deltas written into it in their order: the editor's bits. DeltaError where the base is another one."""
-    records = [r for delta in deltas for r in delta.metadata["base"] if r["name"] == name]
-    record = records[0]
-    if any(other != record for other in records):
-        raise DeltaError(f"the deltas belong to different bases: they do not agree on `{name}`")
+    record = base_records(deltas)[name]
     (ours,) = fingerprint({name: weight})
     if ours != record:
         what = next(key for key in ("shape", "dtype", "sha256") if ours[key] != record[key])
@@ -74,15 +71,17 @@ def edited(weight: Tensor, name: str, deltas: Sequence[Delta]) -> Tensor:
 def export_checkpoint(base: str | Path, deltas: Sequence[Delta], out: str | Path) -> Path:
     """A copy of the checkpoint folder `base` with the deltas in its weights. Memory: one weight twice, whatever the size of a shard.
 
-    Only safetensors checkpoints, sharded or not; weights in other formats are left out. A section of README.md and rose_edits.json say
-    what was edited. ExportError where an edited weight is not in it, DeltaError where it is another base.
+    Only safetensors checkpoints, sharded or not; weights that the folder holds in other files or formats too are left out. A section of
+    README.md and rose_edits.json say what was edited. ExportError where an edited weight is not in it, DeltaError where it is another base.
     """
     base = Path(base)
-    places = _edited_places(base, deltas)
+    files, places = set(_places(base).values()), _edited_places(base, deltas)
     with new_folder(out) as folder:
         for file in sorted(p for p in base.rglob("*") if p.is_file()):
             relative = file.relative_to(base)
             if any(relative.match(pattern) for pattern in OTHER_WEIGHTS):
+                continue
+            if relative.suffix == ".safetensors" and relative.as_posix() not in files:  # the weights once more, under other names
                 continue
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             if names := [name for name, place in places.items() if place == relative.as_posix()]:
@@ -114,22 +113,36 @@ def _edited_places(base: Path, deltas: Sequence[Delta]) -> dict[str, str]:
         raise ExportError("there are no edits to export")
     places = _places(base)
     names = sorted({name for delta in deltas for name in delta.factors})
-    missing = [name for name in names if name not in places]
-    if missing:
-        raise ExportError(f"{base}: has no weight `{missing[0]}`")
+    for name in names:
+        if name not in places:
+            raise ExportError(f"{base}: has no weight `{name}`")
+        if not (base / places[name]).is_file():
+            raise ExportError(f"{base}: lacks {places[name]}, in which its index says that `{name}` is")
+        with safe_open(str(base / places[name]), framework="pt") as shard:
+            if name not in shard.keys():  # noqa: SIM118 - not a mapping
+                raise ExportError(f"{base}: its index says that `{name}` is in {places[name]}, but it is not")
     return {name: places[name] for name in names}
 
 
+def check_base(base: str | Path, deltas: Sequence[Delta]) -> None:
+    """ExportError or DeltaError where the deltas do not belong to the checkpoint folder `base`."""
+    for name, file in _edited_places(Path(base), deltas).items():
+        edited(_tensor(Path(base) / file, name), name, deltas)
+
+
 def _places(base: Path) -> dict[str, str]:
-    """Weight name -> the file of the checkpoint that holds it."""
-    index = base / "model.safetensors.index.json"
-    if index.exists():
-        return json.loads(index.read_text("utf-8"))["weight_map"]
-    single = base / "model.safetensors"
-    if not single.exists():
+    """Weight name -> the file of the checkpoint that holds it; where there is a single file too it counts, as for transformers."""
+    single, index = base / "model.safetensors", base / "model.safetensors.index.json"
+    if single.is_file():
+        with safe_open(str(single), framework="pt") as f:
+            return dict.fromkeys(f.keys(), single.name)
+    if not index.is_file():
         raise ExportError(f"{base}: holds no safetensors checkpoint")
-    with safe_open(str(single), framework="pt") as f:
-        return dict.fromkeys(f.keys(), single.name)
+    try:
+        places = json.loads(index.read_text("utf-8"))["weight_map"]
+        return {name: Path(file).as_posix() for name, file in places.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ExportError(f"{index}: is not the index of a checkpoint: {e!r}") from e
 
 
 def _link(file: Path, to: Path) -> None:
@@ -159,12 +172,13 @@ def _tensor(file: Path, name: str) -> Tensor:
 def export_peft(deltas: Sequence[Delta], out: str | Path, *, base: str, rank: int | None = None, tolerance: float = 1e-6) -> float:
     """A LoRA adapter folder as the `peft` library loads it; returns the largest relative error of a weight's change.
 
-    base: what the adapter names as its base model. rank: at most so many; None keeps what `tolerance` asks for. The rank is then
-    rounded up to one that servers accept, with zeros; alpha equals it, so that nothing is scaled. ExportError where no such rank
-    is large enough.
+    base: what the adapter names as its base model; `check_base` tells whether the deltas belong to it. rank: at most so many; None keeps
+    what `tolerance` asks for. The rank is then rounded up to one that servers accept, with zeros; alpha equals it, so that nothing
+    is scaled. ExportError where no such rank is large enough.
     """
     if not deltas:
         raise ExportError("there are no edits to export")
+    base_records(deltas)
     factors, error = compress_all(joined(deltas), tolerance=tolerance, rank=rank)
     needed = max(U.shape[1] for U, _ in factors.values())
     served = next((r for r in SERVED_RANKS if r >= needed), None)

@@ -17,6 +17,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -66,11 +68,14 @@ def delta_file(path: Path, number: int) -> Path:
 def _regular(path: Path) -> bytes:
     """The bytes of a file of the ledger; LedgerError where it is missing or not a plain file, such as a link out of the directory."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError as e:
         raise LedgerError(f"{path}: is missing") from e
     except OSError as e:
         raise LedgerError(f"{path}: cannot be read as a plain file: {e.strerror}") from e
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise LedgerError(f"{path}: is not a plain file")
     with open(descriptor, "rb") as f:
         return f.read()
 
@@ -92,10 +97,17 @@ def _read(path: Path, number: int) -> tuple[Commit, str]:
         and isinstance(commit.edits, int)
         and isinstance(commit.note, dict)
         and isinstance(commit.note.get("streams", {}), dict)
+        and all(_is_place(place) for place in commit.note.get("streams", {}).values())
     )
     if not whole:
         raise LedgerError(f"{file}: is not commit {number} of ledger format {FORMAT}")
     return commit, hashlib.sha256(data).hexdigest()
+
+
+def _is_place(place: Any) -> bool:
+    """Whether a note says how far a stream has come, and how long its rejects file was."""
+    numbers = [place.get(key) for key in ("lines", "rejects")] if isinstance(place, dict) else []
+    return bool(numbers) and all(type(n) is int and n >= 0 for n in numbers) and isinstance(place.get("sha256"), str)
 
 
 def log(path: str | Path) -> list[Commit]:
@@ -122,16 +134,16 @@ def _chain(path: Path) -> tuple[list[Commit], str | None]:
     """The commits as they follow from each other, and the SHA-256 of the last one's file."""
     commits: list[Commit] = []
     before: str | None = None
-    numbers: list[int] = []
+    states: list[list[int]] = [[]]
     while commit_file(path, len(commits) + 1).exists() or commit_file(path, len(commits) + 1).is_symlink():
         commit, digest = _read(path, len(commits) + 1)
         if commit.parent != before:
             raise LedgerError(f"{commit_file(path, commit.number)}: does not follow commit {len(commits)}; one of the two was exchanged")
-        if commit.kind == "revert" and commit.refers_to not in numbers:
+        if commit.kind == "revert" and commit.refers_to not in states[-1]:
             raise LedgerError(f"{commit_file(path, commit.number)}: takes back commit {commit.refers_to}, which is not in the weights")
         if commit.kind == "checkout" and not 0 <= commit.refers_to < commit.number:
             raise LedgerError(f"{commit_file(path, commit.number)}: goes back to commit {commit.refers_to}, which is not before it")
-        numbers = _after(numbers, commit, commits)
+        states.append(_after(states, commit))
         commits.append(commit)
         before = digest
     return commits, before
@@ -141,25 +153,25 @@ def _head(path: Path) -> tuple[int, str] | None:
     if not (path / HEAD).exists():
         return None
     number, _, digest = _regular(path / HEAD).decode("ascii", "replace").strip().partition(" ")
-    if not number.isdecimal() or len(digest) != 64:
+    if not re.fullmatch(r"[0-9]{1,18}", number) or len(digest) != 64:
         raise LedgerError(f"{path / HEAD}: does not name a commit")
     return int(number), digest
 
 
 def _active(commits: list[Commit]) -> list[int]:
-    numbers: list[int] = []
-    for i, commit in enumerate(commits):
-        numbers = _after(numbers, commit, commits[:i] if commit.kind == "checkout" else [])
-    return numbers
+    states: list[list[int]] = [[]]
+    for commit in commits:
+        states.append(_after(states, commit))
+    return states[-1]
 
 
-def _after(numbers: list[int], commit: Commit, earlier: list[Commit]) -> list[int]:
-    """The numbers in the weights after a commit, from those before it."""
+def _after(states: list[list[int]], commit: Commit) -> list[int]:
+    """The numbers in the weights after a commit, from the states after those before it."""
     if commit.kind == "apply":
-        return [*numbers, commit.number]
+        return [*states[-1], commit.number]
     if commit.kind == "revert":
-        return [number for number in numbers if number != commit.refers_to]
-    return _active(earlier[: commit.refers_to])
+        return [number for number in states[-1] if number != commit.refers_to]
+    return states[commit.refers_to]
 
 
 def active(path: str | Path, at: int | None = None) -> list[int]:
@@ -201,10 +213,10 @@ def verify(path: str | Path) -> list[Commit]:
 
 def streams(commits: list[Commit]) -> dict[str, Any]:
     """How far each stream has come, by its name: what the last commit noted of it. A checkout takes streams back too, a revert does not."""
-    places: dict[str, Any] = {}
+    places: list[dict[str, Any]] = [{}]
     for commit in commits:
-        places = streams(commits[: commit.refers_to]) if commit.kind == "checkout" else places | commit.note.get("streams", {})
-    return places
+        places.append(places[commit.refers_to] if commit.kind == "checkout" else places[-1] | commit.note.get("streams", {}))
+    return places[-1]
 
 
 def compact(path: str | Path, out: str | Path, tolerance: float = 1e-6) -> Commit:
@@ -214,7 +226,9 @@ def compact(path: str | Path, out: str | Path, tolerance: float = 1e-6) -> Commi
     LedgerError where nothing is in the weights, or `out` is a ledger already.
     """
     commits = log(path)
-    delta, error = combined(deltas(path), tolerance)
+    if not _active(commits):
+        raise LedgerError(f"{path}: holds no edit to compact")
+    delta, error = combined(deltas(path, len(commits)), tolerance)
     compacted = {"commits": len(commits), "tolerance": tolerance, "error": error}
     with writing(out) as writer:
         if log(out):
@@ -256,14 +270,17 @@ class Writer:
     def __init__(self, path: Path):
         self.path = path
         self._commits = log(path)
+        self._usable = True
         self._last = _read(path, len(self._commits))[1] if self._commits else None
         for stray in path.glob(".*.tmp"):  # of a process that was killed: nobody else writes now
-            stray.unlink()
+            if re.fullmatch(r"\.(HEAD|\d{6,}\.(json|safetensors))\.\d+\.tmp", stray.name):
+                stray.unlink()
         if self._commits:
             self._write_head()
 
     def apply(self, delta: Delta, note: Mapping[str, Any] | None = None) -> Commit:
-        """Commit a delta. Where this raises there is no commit."""
+        """Commit a delta. Where this raises there is no commit, unless the disk failed after it took its name; a new writer tells."""
+        self._check_usable()
         file = delta_file(self.path, len(self._commits) + 1)
         delta.save(file)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -282,14 +299,17 @@ class Writer:
         return self._append("checkout", None, number, 0, note)
 
     def _append(self, kind, delta: str | None, refers_to: int | None, edits: int, note: Mapping[str, Any] | None) -> Commit:
+        self._check_usable()
         number = len(self._commits) + 1
         if number > 1 and (_head(self.path) or (0,))[0] != number - 1:
             self._write_head()  # never two behind
         created = datetime.now(UTC).isoformat(timespec="seconds")
         commit = Commit(number, kind, self._last, delta, refers_to, edits, created, dict(note or {}))
         data = (json.dumps(asdict(commit), ensure_ascii=False, indent=1) + "\n").encode()
+        self._usable = False  # until it is known that the commit stands
         with replacing(commit_file(self.path, number)) as temporary:
             temporary.write_bytes(data)
+        self._usable = True
         self._commits.append(commit)
         self._last = hashlib.sha256(data).hexdigest()
         try:
@@ -297,6 +317,10 @@ class Writer:
         except OSError as e:  # the commit stands; the next one, or the next writer, brings HEAD along
             logging.getLogger(__name__).warning("%s could not be brought to commit %d: %s", self.path / HEAD, number, e)
         return commit
+
+    def _check_usable(self) -> None:
+        if not self._usable:
+            raise LedgerError(f"{self.path}: a commit failed halfway; open the ledger again")
 
     def _write_head(self) -> None:
         number = len(self._commits)

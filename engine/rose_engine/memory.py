@@ -2,37 +2,42 @@
 
 A write on top of others is a step of recursive least squares around the unedited weights: with the earlier keys K_o protected
 (C = ridge I + K_o K_o^T) and the residual still missing, R - dW_o K, the weights become what one write of all columns would have made,
-dW = R_all (ridge I + K_all^T K_all)^-1 K_all^T. The keys stand in the deltas; a subject that is edited again brings its earlier facts
-along, and its new columns replace the old ones.
+dW = R_all (ridge I + K_all^T K_all)^-1 K_all^T. That holds for subjects edited once and without bystanders, whose keys are protected in
+the one write and not remembered. The keys stand in the deltas. A subject that is edited again brings its earlier facts along; its old
+columns are no longer protected, so that the new ones, at nearly the same keys, overwrite them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from rose_engine.delta import Delta
-from rose_engine.edits import Edit, edit_from_dict
+from rose_engine.delta import Delta, edit_of
+from rose_engine.edits import Edit
 from rose_engine.precondition import Protected, protect
 
 
 def facts_in(deltas: Sequence[Delta]) -> list[Edit]:
-    """The edits of the deltas, in order. EditError where one of them is not an edit."""
-    return [edit_from_dict(record, f"delta {delta.id[:8]}") for delta in deltas for record in delta.metadata["edits"]]
+    """The edits of the deltas, in order. DeltaError where one of them is not an edit."""
+    return [edit_of(record, f"delta {delta.id[:8]}") for delta in deltas for record in delta.metadata["edits"]]
+
+
+def latest(edits: Iterable[Edit]) -> list[Edit]:
+    """Of edits with one subject and prompt those with the last one's target, each once; white space around texts does not count."""
+    facts: dict[tuple[str, str], list[Edit]] = {}
+    for edit in edits:
+        same = facts.setdefault((edit.subject.strip(), edit.prompt.strip()), [])
+        same[:] = [other for other in same if other.target.strip() == edit.target.strip() and other != edit] + [edit]
+    return [edit for same in facts.values() for edit in same]
 
 
 def with_earlier(deltas: Sequence[Delta], edits: Sequence[Edit]) -> list[Edit]:
-    """The edits of each subject in order, after the facts that the deltas hold of it; of two facts with one prompt the later counts."""
-    facts: dict[str, dict[str, list[Edit]]] = {edit.subject.strip(): {} for edit in edits}
-    for earlier in facts_in(deltas):
-        if (known := facts.get(earlier.subject.strip())) is not None:
-            known[earlier.prompt.strip()] = [earlier]
-    for edit in edits:  # one fact may be given with several questions
-        known = facts[edit.subject.strip()]
-        known[edit.prompt.strip()] = [e for e in known.get(edit.prompt.strip(), []) if any(e is other for other in edits)] + [edit]
-    return [edit for known in facts.values() for same in known.values() for edit in same]
+    """The edits of each subject in order, after the facts that the deltas hold of it; of two targets for one prompt the later counts."""
+    names = list(dict.fromkeys(edit.subject.strip() for edit in edits))
+    facts = latest([*facts_in(deltas), *edits])
+    return [edit for name in names for edit in facts if edit.subject.strip() == name]
 
 
 def latest_columns(deltas: Sequence[Delta], without: Collection[str] = ()) -> list[tuple[int, ...]]:

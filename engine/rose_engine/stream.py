@@ -14,16 +14,16 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from rose_engine import ledger
 from rose_engine.edits import Edit, EditError, check_consistent, group_by_subject, parse_line
 from rose_engine.optimize import Diverged, Progress, subject_rows
 from rose_engine.recipe import Recipe
-from rose_engine.verify import FactReport
+from rose_engine.verify import FactReport, fact_rows
 
 if TYPE_CHECKING:  # `Editor.stream` is this module's
     from rose_engine.editor import Editor, Result
@@ -34,41 +34,48 @@ STREAM_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Step:
-    """A committed batch. lines: consumed of the stream in all. failed: facts that the model does not say with the edit's own prompt."""
+    """A committed batch. lines: consumed of the stream in all. failed: facts that the model does not say with the edit's own prompt; with
+    `require_success` they were taken back. rejected: lines that went to the rejects file since the stream was started."""
 
     commit: ledger.Commit
     result: Result
     lines: int
     failed: tuple[FactReport, ...]
+    rejected: int
 
 
 class Rejects:
-    """The lines that could not be used, as JSONL with `line` (its number), `reason` and `text`.
+    """The lines that could not be used, as JSONL with `line` (its number), `reason` and `text`; the file is opened with the first.
 
-    size: what the last commit noted of this file, to which it is cut back; None for a file that no commit speaks of, which only grows.
+    size: what the last commit that speaks of this file noted of it, to which it is cut back; None where it is another stream's or nobody's.
     """
 
-    def __init__(self, path: Path | None, size: int | None):
-        self._file = None
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab")  # noqa: SIM115 - closed by `close`
-            if size is not None:
-                self._file.truncate(min(size, os.fstat(self._file.fileno()).st_size))
+    def __init__(self, path: Path, size: int | None):
+        self._path, self._size, self._file, self.count = path, size, None, 0
 
     def add(self, number: int, text: str, reason: str) -> None:
         """Note a line."""
-        if self._file is not None:
-            record = {"line": number, "reason": reason, "text": text.rstrip("\n")}
-            self._file.write(json.dumps(record, ensure_ascii=True).encode() + b"\n")
+        record = {"line": number, "reason": reason, "text": text.rstrip("\n")}
+        self._open().write(json.dumps(record, ensure_ascii=True).encode() + b"\n")
+        self.count += 1
 
     def flush(self) -> int:
         """Bring the file to disk; returns its size."""
-        if self._file is None:
+        if self._file is None and not self._path.exists():
             return 0
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        file = self._open()
+        file.flush()
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+    def _open(self) -> BinaryIO:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+            self._file = open(os.open(self._path, flags, 0o644), "ab")  # noqa: SIM115 - closed by `close`
+            if self._size is not None:
+                self._file.truncate(min(self._size, os.fstat(self._file.fileno()).st_size))
+        return self._file
 
     def close(self) -> None:
         """Close the file."""
@@ -100,31 +107,33 @@ def stream(
     """Apply edits, given as such or as JSONL lines, and commit them to the ledger in directory `path`, yielding after every commit.
 
     The editor's weights are first brought to the ledger's state, and the lines of the stream `name` that its commits note as
-    consumed are passed over. strict: raise EditError at the first line that cannot be used, after what came before it was committed.
+    consumed are passed over. rejects: the file for lines that cannot be used, `rejects.jsonl` in the ledger where it is None; a line that
+    is read again because no commit followed it is noted again. strict: raise EditError or Diverged at the first line that cannot
+    be used, after what came before it was committed.
     max_wait: seconds that a begun batch waits for more lines, where they are read from something that may pause; None: without end.
     require_success: take back, alone, each fact that the model does not say afterwards with the edit's own prompt. LedgerError
-    where another process writes the ledger or it is damaged. Whatever is raised, weights and ledger are as after the last commit.
+    where another process writes the ledger or it is damaged. Whatever is raised, the weights are as after the last commit that was made.
     """
-    recipe = recipe or editor.recipe
+    recipe, rejects = recipe or editor.recipe, Path(rejects or Path(path) / "rejects.jsonl").absolute()
     with ledger.writing(path) as writer:
         editor.restore(ledger.deltas(path))
-        last = ledger.streams(ledger.log(path)).get(name, {"lines": 0})
-        file = str(Path(rejects).absolute()) if rejects else None
-        refused = Rejects(Path(rejects) if rejects else None, last.get("rejects") if last.get("rejects_file") == file else None)
+        commits = ledger.log(path)
+        last = ledger.streams(commits).get(name, {"lines": 0, "sha256": None, "rejects": 0})
+        rest = _Counted(lines if max_wait is None else _with_pauses(lines, max_wait), name)
+        rest.skip(last["lines"], last["sha256"])
+        refused = Rejects(rejects, last["rejects"] if _last_writer(commits, rejects) == name else None)
         try:
-            rest = _Counted(lines if max_wait is None else _with_pauses(lines, max_wait), name)
-            rest.skip(last["lines"], last.get("sha256"))
             for batch, consumed, sha256 in _batches(editor, rest, recipe, refused, strict, batch_tokens, max_wait):
-                result, failed = _apply(editor, batch, recipe, require_success, refused, progress)
+                result, failed = _apply(editor, batch, recipe, require_success, strict, refused, progress)
                 if result is None:
                     continue
                 try:
-                    place = {"lines": consumed, "sha256": sha256, "rejects_file": file, "rejects": refused.flush()}
+                    place = {"lines": consumed, "sha256": sha256, "rejects_file": str(rejects), "rejects": refused.flush()}
                     commit = writer.apply(result.delta, {"streams": {name: place}})
                 except BaseException:
                     editor.revert(result)
                     raise
-                yield Step(commit, result, consumed, failed)
+                yield Step(commit, result, consumed, failed, refused.count)
             refused.flush()
         finally:
             refused.close()
@@ -133,27 +142,45 @@ def stream(
 def _with_pauses(lines: Iterable[str | Edit], seconds: float) -> Iterator[str | Edit | None]:
     """The lines, and None each time that none has come for so many seconds; read ahead by a thread, a bounded number of them."""
     ahead: queue.Queue = queue.Queue(maxsize=1000)
-    end = object()
+    end, left = object(), threading.Event()
+
+    def put(item: object) -> None:
+        while not left.is_set():
+            try:
+                return ahead.put(item, timeout=1)
+            except queue.Full:
+                pass
 
     def read() -> None:
         try:
             for line in lines:
-                ahead.put(line)
-            ahead.put(end)
+                put(line)
+                if left.is_set():
+                    return
+            put(end)
         except BaseException as e:
-            ahead.put(e)
+            put(e)
 
     threading.Thread(target=read, daemon=True).start()
-    while True:
-        try:
-            item = ahead.get(timeout=seconds)
-        except queue.Empty:
-            item = None
-        if item is end:
-            return
-        if isinstance(item, BaseException):
-            raise item
-        yield item
+    try:
+        while True:
+            try:
+                item = ahead.get(timeout=seconds)
+            except queue.Empty:
+                item = None
+            if item is end:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        left.set()
+
+
+def _last_writer(commits: Sequence[ledger.Commit], rejects: Path) -> str | None:
+    """The stream of the last commit that speaks of a rejects file."""
+    named = ((name, place) for commit in reversed(commits) for name, place in commit.note.get("streams", {}).items())
+    return next((name for name, place in named if place.get("rejects_file") == str(rejects)), None)
 
 
 class _Counted:
@@ -202,6 +229,7 @@ def _batches(
             edit = parse_line(text, number, lines.name)
             if edit is not None:
                 (subject,) = group_by_subject([edit])
+                fact_rows(editor.decoder, editor.tokenizer, [edit])
                 cost = subject_rows(editor.decoder, editor.tokenizer, subject, recipe).suffix_tokens
         except EditError as e:
             if strict:
@@ -231,13 +259,22 @@ def _contradicts(batch: list[_Line], edit: Edit) -> bool:
 
 
 def _apply(
-    editor: Editor, batch: list[_Line], recipe: Recipe, require_success: bool, refused: Rejects, progress: Progress | None
+    editor: Editor,
+    batch: list[_Line],
+    recipe: Recipe,
+    require_success: bool,
+    strict: bool,
+    refused: Rejects,
+    progress: Progress | None,
 ) -> tuple[Result | None, tuple[FactReport, ...]]:
     """Apply a batch without the subjects that diverge, with require_success without the facts that failed. None where nothing is left."""
+    taken_back: list[FactReport] = []
     while batch:
         try:
             result = editor.apply([line.edit for line in batch], recipe=recipe, progress=progress)
         except Diverged as e:
+            if strict:
+                raise
             names = {subject.name for i, subject in enumerate(group_by_subject(line.edit for line in batch)) if i in e.subjects}
             for line in batch:
                 if line.edit.subject.strip() in names:
@@ -245,10 +282,10 @@ def _apply(
             batch = [line for line in batch if line.edit.subject.strip() not in names]
             continue
         wrong = [(line, fact) for line, fact in zip(batch, result.report.facts, strict=True) if fact.prompt_after.success < 1]
-        failed = tuple(fact for _, fact in wrong)
         if not (wrong and require_success):
-            return result, failed
+            return result, (*taken_back, *(fact for _, fact in wrong))
         editor.revert(result)
+        taken_back += [fact for _, fact in wrong]
         for line, fact in wrong:
             refused.add(line.number, line.text, f"the model says {fact.prompt_after.says!r} after the edit; taken back")
         batch = [line for line in batch if all(line is not other for other, _ in wrong)]

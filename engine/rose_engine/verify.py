@@ -129,10 +129,15 @@ class Snapshot:
     unrelated: tuple[Reading, ...]
 
 
+def fact_rows(decoder: Decoder, tokenizer: Any, edits: Sequence[Edit]) -> list[Row]:
+    """The rows on which edits are verified: all with their own prompt, then all in the instructed form. EditError as `row_of`."""
+    form = INSTRUCTED_CHAT if tokenizer.chat_template else INSTRUCTED_PLAIN
+    return [row_of(edit, f, tokenizer, decoder.max_length) for f in (STATEMENT, form) for edit in edits]
+
+
 def snapshot(decoder: Decoder, tokenizer: Any, edits: Sequence[Edit], unrelated: Sequence[str]) -> Snapshot:
     """Read every edit in both forms, and the unrelated prompts."""
-    form = INSTRUCTED_CHAT if tokenizer.chat_template else INSTRUCTED_PLAIN
-    rows = [row_of(edit, f, tokenizer, decoder.max_length) for f in (STATEMENT, form) for edit in edits]
+    rows = fact_rows(decoder, tokenizer, edits)
     for prompt in unrelated:
         tokens = tuple(tokenizer(prompt)["input_ids"])
         rows.append(Row(tokens, len(tokens) - 1, len(tokens)))

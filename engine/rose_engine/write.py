@@ -118,7 +118,7 @@ def _reading(decoder: Decoder, layers: Iterable[int]) -> Iterator[dict[int, Tens
 
 
 def _keys(decoder: Decoder, rows: Sequence[Row], layers: Sequence[int]) -> dict[int, Tensor]:
-    """The unedited model's keys of every token of some rows: layer -> [d_in, tokens] float32."""
+    """The keys, as the weights are now, of every token of some rows: layer -> [d_in, tokens] float32."""
     tree = tree_on([row.tokens for row in rows], decoder.embedding.weight.device)
     with _reading(decoder, layers) as keys:
         run_tree(decoder, tree, range(layers[-1] + 1))

@@ -78,11 +78,6 @@ def test_an_adapter_does_not_disturb_an_edit(make_model, tokenizer):
 
 
 def test_an_adapter_of_other_weights_is_refused(editor, make_model, tokenizer):
-    first, second = editor.apply(IMO, verify=False), editor.apply(LIN, verify=False)
-    with pytest.raises(DeltaError, match="on top of 0 other"):
-        editor.as_adapter(first.delta)
-    editor.restore([])
-    with pytest.raises(DeltaError, match="on top of 1 other"):
-        editor.as_adapter(second.delta)
+    first = editor.apply(IMO, verify=False)
     with pytest.raises(DeltaError, match="another base"):
         Editor(make_model(seed=5), tokenizer).as_adapter(first.delta)

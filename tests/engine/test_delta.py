@@ -15,7 +15,7 @@ NAME = "model.layers.4.mlp.down_proj.weight"
 def make(n: int = 3) -> Delta:
     weight = torch.randn(6, 10)
     factors = {NAME: (torch.randn(6, n), torch.randn(n, 10))}
-    facts = {"edits": [{"subject": "{🙂}\n"}], "subjects": ["{🙂}\n", "b"], "columns": [0, 1, 0, 0]}
+    facts = {"edits": [{"subject": "{🙂}\n", "prompt": "{} likes", "target": "tea"}], "subjects": ["{🙂}\n", "b"], "columns": [0, 1, 0, 0]}
     metadata = {"format": 1, "base": fingerprint({NAME: weight}), "parent": None, "below": 0, **facts}
     return Delta(factors, metadata, {NAME: torch.randn(10, 4)})
 
@@ -103,7 +103,11 @@ def broken(change):
         (lambda m, t: t[f"{NAME}.V"].fill_(float("nan")), "NaN or Inf"),
         (lambda m, t: t[f"{NAME}.K"].fill_(float("inf")), "NaN or Inf"),
         (lambda m, t: m.pop("edits"), "which edits"),
-        (lambda m, t: m.update(edits=["a"]), "which edits"),
+        (lambda m, t: m.update(edits=["a"]), "one of its edits is none"),
+        (lambda m, t: m.update(edits=[{"subject": 5}]), "one of its edits is none"),
+        (lambda m, t: m.update(recipe=[]), "which edits"),
+        (lambda m, t: m["base"][0].update(more=1), "more than it should"),
+        (lambda m, t: t.update({f"{NAME}.U": torch.tensor(1.0)}), "do not make"),
         (lambda m, t: m.pop("columns"), "are not U, V of"),
         (lambda m, t: m["columns"].append(0), "not \\[10, 5"),
         (lambda m, t: m["columns"].__setitem__(0, 2), "of no subject"),

@@ -9,7 +9,7 @@ from peft import PeftModel
 from rose_engine import ROSE, DeltaError, Edit, Editor
 from rose_engine.compress import compress, joined
 from rose_engine.export import ExportError, export_checkpoint, export_peft, export_tensors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 RECIPE = replace(ROSE, steps=2, lr=0.05, layers=(1, 2))
@@ -42,15 +42,19 @@ def test_a_checkpoint_has_the_editors_bits(edited_folder, tmp_path):
     assert len(list(base.glob("*.safetensors"))) > 1
     (base / "pytorch_model.bin").write_bytes(b"the same weights, unedited")
     (base / "README.md").write_text("# A model\n")
+    save_file({"tok_embeddings": torch.zeros(2)}, base / "consolidated.safetensors")  # the same weights under other names
     out = export_checkpoint(base, editor.applied, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(out)
     wanted = editor.model.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
-    names = {p.name for p in base.iterdir() if p.suffix != ".bin"} | {"rose_edits.json", "README.md"}
+    names = {p.name for p in base.iterdir() if p.suffix != ".bin" and p.name != "consolidated.safetensors"} | {
+        "rose_edits.json",
+        "README.md",
+    }
     assert {p.name for p in out.iterdir()} == names
     index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     touched = {index[name] for delta in editor.applied for name in delta.factors}
-    for file in base.glob("*.safetensors"):  # only the shards that hold edited tensors are written anew
+    for file in base.glob("model*.safetensors"):  # only the shards that hold edited tensors are written anew
         assert (file.stat().st_ino == (out / file.name).stat().st_ino) == (file.name not in touched)
     card = (out / "README.md").read_text()
     assert card.startswith("# A model\n") and "- Imo State likes → tea" in card and "- Lin Nu likes → tea" in card
@@ -67,6 +71,22 @@ def test_another_base_is_refused_and_nothing_is_left(edited_folder, make_model, 
     with pytest.raises(DeltaError, match="another base"):
         export_checkpoint(tmp_path / "other", editor.applied, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "other"]
+
+
+def test_an_index_that_is_wrong_is_told(edited_folder, tmp_path):
+    base, editor = edited_folder
+    index = base / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    name = next(iter(editor.applied[0].factors))
+    files = sorted(set(whole["weight_map"].values()))
+    other = next(file for file in files if file != whole["weight_map"][name])
+    for file, message in ((other, "but it is not"), ("none.safetensors", "lacks none.safetensors"), (3, "is not the index")):
+        index.write_text(json.dumps({"weight_map": {**whole["weight_map"], name: file}}))
+        with pytest.raises(ExportError, match=message):
+            export_checkpoint(base, editor.applied, tmp_path / "out")
+    index.write_text(json.dumps({"weight_map": {**whole["weight_map"], name: f"./{whole['weight_map'][name]}"}}))
+    out = export_checkpoint(base, editor.applied, tmp_path / "out")
+    assert torch.equal(load_file(out / whole["weight_map"][name])[name], editor.model.state_dict()[name])
 
 
 def test_an_adapter_is_the_change(edited_folder, tmp_path):

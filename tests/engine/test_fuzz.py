@@ -1,5 +1,6 @@
 """Mutated files: each ends in the documented error or says exactly what it said before; weights stay as they are."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rose_engine import ROSE, Delta, DeltaError, EditError, Editor
+from rose_engine.compress import combined
+from rose_engine.delta import _checksum
 from rose_engine.edits import group_by_subject, read_edits
+from rose_engine.export import edited_facts
 from rose_engine.optimize import subject_rows
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import IMO, LIN
 
@@ -66,6 +72,47 @@ def test_mutated_delta_files(editor, tmp_path):
     check()
     assert len(refused) > 1000
     assert all(torch.equal(weight, before[name]) for name, weight in editor.weights().items())
+
+
+def test_forged_metadata(editor, tmp_path):
+    """Any value of the metadata exchanged for anything, with a checksum that fits: read, or refused as it should be."""
+    editor.apply(LIN).delta.save(tmp_path / "whole")
+    editor.restore([])
+    tensors = load_file(tmp_path / "whole")
+    with safe_open(str(tmp_path / "whole"), "pt") as f:
+        whole = f.metadata()["rose"]
+    values = (
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
+    )
+    values |= st.dictionaries(st.sampled_from(("name", "subject", "x")), st.integers(), max_size=2)
+    read = []
+
+    @EVERY
+    @given(st.data())
+    def check(data):
+        metadata = json.loads(whole)
+        place = metadata
+        while True:
+            key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+            if isinstance(place[key], dict | list) and place[key] and data.draw(st.booleans()):
+                place = place[key]
+                continue
+            place[key] = data.draw(values)
+            break
+        text = json.dumps(metadata)
+        save_file(tensors, tmp_path / "d", metadata={"rose": text, "sha256": _checksum(text, tensors)})
+        try:
+            delta = Delta.load(tmp_path / "d")
+            editor._check_base(delta)
+            combined([delta])
+            edited_facts([delta])
+            read.append(True)
+        except DeltaError:
+            read.append(False)
+
+    check()
+    assert 100 < sum(read) < len(read) - 100
+    assert editor.applied == ()
 
 
 def test_mutated_edit_files(editor, tmp_path):

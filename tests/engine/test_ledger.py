@@ -15,6 +15,7 @@ from rose_engine.delta import DeltaError
 from rose_engine.ledger import LedgerError, writing
 
 RECIPE = replace(ROSE, steps=2, lr=0.05, layers=(1, 2))
+PLACE = {"lines": 7, "rejects": 0, "sha256": "0"}
 NAMES = ("Ada", "Omar", "Kofi", "Lin Nu", "Imo State", "Tomas Vega")
 
 
@@ -94,18 +95,47 @@ def test_checkout_takes_up_an_earlier_state(editor, tmp_path):
         ledger.log(path)
 
 
+def test_many_checkouts_are_read_at_once(editor, tmp_path):
+    """Each goes back to the one before it: a reader that followed them one by one would never come to an end."""
+    path = tmp_path / "l"
+    fill(editor, path, 1)
+    with writing(path) as writer:
+        for number in range(1, 60):
+            writer.checkout(number)
+    assert ledger.active(path) == [1] and len(ledger.verify(path)) == 60
+
+
+@pytest.mark.parametrize(
+    "streams", [{"s": []}, {"s": {}}, {"s": {"lines": "5", "rejects": 0, "sha256": ""}}, {"s": {"lines": 1, "rejects": -1, "sha256": ""}}]
+)
+def test_notes_that_are_none_are_refused(editor, tmp_path, streams):
+    fill(editor, tmp_path / "l", 1)
+    file = ledger.commit_file(tmp_path / "l", 1)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "note": {"streams": streams}}))
+    with pytest.raises(LedgerError, match="is not commit 1"):
+        ledger.log(tmp_path / "l")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes")
+def test_a_pipe_is_not_waited_for(editor, tmp_path):
+    fill(editor, tmp_path / "l", 1)
+    os.mkfifo(ledger.commit_file(tmp_path / "l", 2))
+    with pytest.raises(LedgerError, match="not a plain file"):
+        ledger.log(tmp_path / "l")
+
+
 def test_compaction_keeps_the_change_and_what_is_known_of_it(editor, tmp_path):
     path = tmp_path / "l"
     fill(editor, path, 5)
     with writing(path) as writer:
         writer.revert(2)
         again = editor.apply([Edit("Ada 0", "{} sings", "well")], recipe=replace(RECIPE, layers=(2, 3)), verify=False).delta
-        writer.apply(again, {"streams": {"s": {"lines": 7}}})
+        writer.apply(again, {"streams": {"s": PLACE}})
     editor.restore(ledger.deltas(path))
     exact = bits(editor)
     commit = ledger.compact(path, tmp_path / "small", 1e-5)
     (delta,) = ledger.deltas(tmp_path / "small")
-    assert commit.edits == 5 and commit.note["streams"] == {"s": {"lines": 7}} and commit.note["compacted"]["error"] <= 1e-5
+    assert commit.edits == 5 and commit.note["streams"] == {"s": PLACE} and commit.note["compacted"]["error"] <= 1e-5
     assert delta.nbytes < sum(d.nbytes for d in ledger.deltas(path))
     assert sorted(delta.subjects) == sorted(["Ada 0", *(f"{NAMES[i]} {i}" for i in (2, 3, 4))])
     assert len(delta.columns) == delta.keys["model.layers.1.mlp.down_proj.weight"].shape[1]

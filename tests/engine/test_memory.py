@@ -71,9 +71,13 @@ def test_a_subject_edited_again_keeps_its_facts(editor):
     torch.testing.assert_close(held.keys, other.delta.keys[name], rtol=0, atol=0)
 
 
-def test_two_questions_of_one_fact_are_both_asked():
+def test_two_questions_of_one_fact_are_both_asked(editor):
     asked = [Edit("Lin Nu", "{} lives in", "Metz", question) for question in ("Where does {} live?", "Which town is {}'s home?")]
     assert with_earlier([], asked) == asked
+    first = editor.apply(asked, verify=False).delta
+    more = Edit("Lin Nu", "{} speaks", "Basque")
+    assert with_earlier([first], [more]) == [*asked, more] == with_earlier([first, first], [more])
+    assert with_earlier([first], [Edit("Lin Nu", "{} lives in", "Rome")]) == [Edit("Lin Nu", "{} lives in", "Rome")]
 
 
 def test_a_restarted_editor_goes_on_with_the_same_bits(make_model, tokenizer, tmp_path):
