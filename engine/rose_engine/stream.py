@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # `Editor.stream` is this module's
 
 # Suffix tokens of the subjects that one batch takes: about four subjects with four facts.
 STREAM_TOKENS = 1024
+# In the ledger's directory, unless another file is named.
+REJECTS = "rejects.jsonl"
 
 
 @dataclass(frozen=True)
@@ -114,21 +116,22 @@ def stream(
     require_success: take back, alone, each fact that the model does not say afterwards with the edit's own prompt. LedgerError
     where another process writes the ledger or it is damaged. Whatever is raised, the weights are as after the last commit that was made.
     """
-    recipe, rejects = recipe or editor.recipe, Path(rejects or Path(path) / "rejects.jsonl").absolute()
+    recipe = recipe or editor.recipe
+    file = str(Path(rejects).absolute()) if rejects else REJECTS  # beside the commits it moves with them
     with ledger.writing(path) as writer:
         editor.restore(ledger.deltas(path))
         commits = ledger.log(path)
         last = ledger.streams(commits).get(name, {"lines": 0, "sha256": None, "rejects": 0})
         rest = _Counted(lines if max_wait is None else _with_pauses(lines, max_wait), name)
         rest.skip(last["lines"], last["sha256"])
-        refused = Rejects(rejects, last["rejects"] if _last_writer(commits, rejects) == name else None)
+        refused = Rejects(Path(path) / file, last["rejects"] if _last_writer(commits, file) == name else None)
         try:
             for batch, consumed, sha256 in _batches(editor, rest, recipe, refused, strict, batch_tokens, max_wait):
                 result, failed = _apply(editor, batch, recipe, require_success, strict, refused, progress)
                 if result is None:
                     continue
                 try:
-                    place = {"lines": consumed, "sha256": sha256, "rejects_file": str(rejects), "rejects": refused.flush()}
+                    place = {"lines": consumed, "sha256": sha256, "rejects_file": file, "rejects": refused.flush()}
                     commit = writer.apply(result.delta, {"streams": {name: place}})
                 except BaseException:
                     editor.revert(result)
@@ -177,10 +180,10 @@ def _with_pauses(lines: Iterable[str | Edit], seconds: float) -> Iterator[str | 
         left.set()
 
 
-def _last_writer(commits: Sequence[ledger.Commit], rejects: Path) -> str | None:
+def _last_writer(commits: Sequence[ledger.Commit], rejects: str) -> str | None:
     """The stream of the last commit that speaks of a rejects file."""
     named = ((name, place) for commit in reversed(commits) for name, place in commit.note.get("streams", {}).items())
-    return next((name for name, place in named if place.get("rejects_file") == str(rejects)), None)
+    return next((name for name, place in named if place.get("rejects_file") == rejects), None)
 
 
 class _Counted:

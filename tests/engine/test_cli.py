@@ -120,7 +120,7 @@ def test_a_stream_is_logged_reverted_and_verified(tiny_folder, tmp_path):
     assert rose("verify", tmp_path / "ledger").stdout == "2 commits, all whole\n"
     assert rose("checkout", tmp_path / "ledger", "1").stdout == "commit 3 goes back to the state after commit 1\n"
     shown = json.loads(rose("show", tmp_path / "ledger", "1").stdout)
-    assert shown["kind"] == "apply" and [edit["subject"] for edit in shown["edits"]] == ["Person 0", "Person 1"]
+    assert shown["kind"] == "apply" and [edit["subject"] for edit in shown["contents"]["edits"]] == ["Person 0", "Person 1"]
     small = rose("compact", tmp_path / "ledger", "--out", tmp_path / "small")
     assert small.returncode == 0 and small.stdout.startswith("2 edits in one delta")
     out = {kind: tmp_path / kind for kind in ("checkpoint", "peft", "tensors")}

@@ -181,3 +181,29 @@ def test_a_commit_that_fails_leaves_weights_and_ledger_as_they_were(editor, tmp_
     assert torch.equal(bits(editor), before) and len(ledger.verify(tmp_path / "l")) == 1
     run(editor, tmp_path / "l", LINES)
     assert notes(tmp_path / "l")[-1]["lines"] == 12
+
+
+def test_two_streams_share_a_rejects_file(editor, tmp_path):
+    """Each goes on without taking the other's lines away; a stream that is refused takes none either."""
+    path = tmp_path / "l"
+    said = lambda: [json.loads(text)["text"] for text in (path / "rejects.jsonl").read_text().splitlines()]  # noqa: E731
+    first, second = [LINES[0], "bad one", LINES[1]], [LINES[2], "bad two", LINES[3]]
+    run(editor, path, first, name="first")
+    assert run(editor, path, second, name="second")[-1].rejected == 1
+    run(editor, path, [*first, "bad three", LINES[4]], name="first")
+    assert said() == ["bad one", "bad two", "bad three"]
+    with pytest.raises(ledger.LedgerError, match="not those"):
+        run(editor, path, ["else", *first], name="first")
+    assert said() == ["bad one", "bad two", "bad three"]
+    (path / "rejects.jsonl").rename(tmp_path / "outside")
+    (path / "rejects.jsonl").symlink_to(tmp_path / "outside")
+    with pytest.raises(OSError):
+        run(editor, path, [*second, "bad four", LINES[5]], name="second")
+    assert "four" not in (tmp_path / "outside").read_text()
+
+
+@pytest.mark.parametrize("poison", ['{"subject": ' + "1" * 5000 + ', "prompt": "{} likes", "target": "tea"}', line("A " * 490)])
+def test_a_line_that_cannot_be_used_is_no_poison(editor, tmp_path, poison):
+    """A number of too many digits; a subject that fits the forms that edit, and not the one that verifies."""
+    steps = list(stream(editor, tmp_path / "l", [LINES[0], poison, LINES[1]], recipe=replace(RECIPE, forms=2)))
+    assert steps[-1].lines == 3 and steps[-1].rejected == 1 and sum(step.commit.edits for step in steps) == 2
