@@ -78,7 +78,7 @@ class Delta:
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the file; it appears whole or not at all, and OSError says why.
 
-        dtype: bfloat16 halves the file. What is read back is then another delta, rounded: the change differs by about 0.2% of its size.
+        dtype: bfloat16 halves the file. What is read back is then another delta, rounded (docs/delta-format.md has the effect).
         """
         tensors = {name: x.to(dtype).contiguous().cpu() for name, x in self._tensors().items()}
         text = json.dumps(dict(self.metadata), ensure_ascii=False, allow_nan=False)
