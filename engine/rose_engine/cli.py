@@ -79,11 +79,14 @@ def edit(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for delta.safetensors and report.json.")],
     model: ModelOption = "smollm2",
     format: Annotated[str | None, typer.Option(help="jsonl, json or csv; default: by the file's name.")] = None,
+    factors: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the delta's file; bfloat16 halves it, rounded.")] = "float32",
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
     """Write edits into a model, verify them, and save the change as a delta."""
+    import torch
+
     from rose_engine.edits import EditError, read_edits
     from rose_engine.files import replacing
 
@@ -94,7 +97,7 @@ def edit(
     editor = load_editor(model, dtype, device)
     with progress_on_terminal("optimising") as progress:
         result = editor.apply(facts, progress=progress)
-    result.delta.save(out / "delta.safetensors")
+    result.delta.save(out / "delta.safetensors", getattr(torch, factors))
     record = {"seconds": result.seconds, "steps": result.steps, "loss": result.loss, **result.report.as_dict()}
     with replacing(out / "report.json") as temporary:
         temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", "utf-8")

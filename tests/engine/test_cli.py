@@ -8,8 +8,10 @@ import sys
 import time
 
 import pytest
+import torch
 from rose_engine import Delta
 from rose_engine.embedded import INSTALL, MissingModelError, embedded_model, find_gguf
+from safetensors.torch import load_file
 
 EDIT = {"subject": "Lin Nu", "prompt": "{} follows the religion of", "target": "Catholicism", "question": "What religion does {} follow?"}
 
@@ -29,13 +31,15 @@ def tiny_folder(make_model, tokenizer, tmp_path):
 
 def test_edit_writes_a_delta_and_a_report(tiny_folder, tmp_path):
     out = tmp_path / "out"
-    done = rose("edit", "--model", tiny_folder, "--edits", "-", "--out", out, "--json", input=json.dumps(EDIT))
+    options = ("--out", out, "--factors", "bfloat16", "--json")
+    done = rose("edit", "--model", tiny_folder, "--edits", "-", *options, input=json.dumps(EDIT))
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     assert printed == json.loads((out / "report.json").read_text())
     assert printed["facts"][0]["target"] == "Catholicism" and "optimising" in done.stderr
     delta = Delta.load(out / "delta.safetensors")
     assert delta.metadata["edits"] == [EDIT] and len(delta.factors) == 5
+    assert {x.dtype for x in load_file(out / "delta.safetensors").values()} == {torch.bfloat16}
     assert sorted(p.name for p in out.iterdir()) == ["delta.safetensors", "report.json"]
 
 
