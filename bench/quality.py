@@ -10,17 +10,16 @@ the unedited model's.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from rose_engine import ROSE, Editor, Recipe
 
-from bench.datasets.s2rke import Dataset, SubjectCases, load
+from bench.datasets.s2rke import Dataset, SubjectCases
 from bench.metrics import Outcome, Probe, chat_probe, contains, generate, plain_probe, teacher_forced
-from bench.output import add_json, emit
+from bench.output import emit
+from bench.subjects import note, opened, parser_of
 
 METRICS = ("efficacy", "paraphrase", "instructed", "instructed_generated", "locality", "locality_instructed")
 
@@ -100,18 +99,11 @@ def recipes_of(names: str, editor: Editor) -> dict[str, Recipe | None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a same-subject file (S2RKE schema)")
-    parser.add_argument("--model", default="smollm2", help="Hugging Face id, folder, or smollm2")
+    parser = parser_of("bench.quality", __doc__, count="subjects", default=20)
     parser.add_argument("--recipes", default="vanilla,rose", help="vanilla, rose, rose_paper; separated by commas")
-    parser.add_argument("--subjects", type=int, default=20, help="how many subjects of the file, from its start")
-    parser.add_argument("--dtype", default=None, help="float32, bfloat16, float16 or auto; default: the checkpoint's")
-    parser.add_argument("--device", default="cpu")
-    add_json(parser)
     args = parser.parse_args(argv)
-    editor = Editor.from_pretrained(args.model, dtype=args.dtype, device=args.device)
-    data = load(args.data, args.subjects)
-    table = percent(evaluate(editor, data, recipes_of(args.recipes, editor), lambda line: print(line, file=sys.stderr, flush=True)))
+    editor, data = opened(args)
+    table = percent(evaluate(editor, data, recipes_of(args.recipes, editor), note))
     lines = [f"{'':12s}" + "".join(f"{metric:>22s}" for metric in METRICS)]
     lines += [f"{name:12s}" + "".join(f"{metrics.get(m, float('nan')):22.1f}" for m in METRICS) for name, metrics in table.items()]
     emit(table, args.json, "\n".join(lines))

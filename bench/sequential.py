@@ -10,8 +10,6 @@ vanilla: no edit.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,10 +17,11 @@ from statistics import fmean
 
 from rose_engine import Editor, Recipe
 
-from bench.datasets.s2rke import Dataset, SubjectCases, load
+from bench.datasets.s2rke import Dataset, SubjectCases
 from bench.metrics import Outcome, Probe
-from bench.output import add_json, emit
+from bench.output import emit
 from bench.quality import probes_of, read
+from bench.subjects import note, opened, parser_of
 
 COUNTS = (5, 10, 20, 40, 80, 160)
 METRICS = ("instructed", "locality")
@@ -87,17 +86,10 @@ def evaluate(editor: Editor, data: Dataset, recipe: Recipe, note: Callable[[str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.sequential", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a same-subject file (S2RKE schema)")
-    parser.add_argument("--model", default="smollm2", help="Hugging Face id, folder, or smollm2")
-    parser.add_argument("--edits", type=int, default=40, help="how many subjects of the file, from its start")
-    parser.add_argument("--dtype", default=None, help="float32, bfloat16, float16 or auto; default: the checkpoint's")
-    parser.add_argument("--device", default="cpu")
-    add_json(parser)
+    parser = parser_of("bench.sequential", __doc__, count="edits", default=40)
     args = parser.parse_args(argv)
-    editor = Editor.from_pretrained(args.model, dtype=args.dtype, device=args.device)
-    note = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    results = evaluate(editor, load(args.data, args.edits), editor.recipe, note)
+    editor, data = opened(args)
+    results = evaluate(editor, data, editor.recipe, note)
     emit(results, args.json, table_of(results))
     return 0
 

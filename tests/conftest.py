@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -40,6 +41,23 @@ def tokenizer():
 def smollm2() -> Editor:
     """The embedded model. A test that edits it takes its edits back."""
     return Editor.from_pretrained("smollm2")
+
+
+@pytest.fixture
+def small_disk():
+    """A context in which no file may grow beyond so many bytes, as on a disk that is full: the real thing, by the system's limit."""
+    resource = pytest.importorskip("resource")  # POSIX
+
+    @contextmanager
+    def limit(size: int):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limit
 
 
 @pytest.fixture

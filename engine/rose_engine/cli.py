@@ -12,7 +12,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -193,25 +193,34 @@ def log(ledger: LedgerArgument) -> None:
     """List the commits of a ledger; those that are in the weights are marked."""
     from rose_engine import ledger as book
 
-    commits, active = book.log(_existing(ledger)), set(book.active(ledger))
+    commits = book.log(_existing(ledger))
+    active = set(book.standing(commits))
     for commit in commits:
         mark = "*" if commit.number in active else " "
-        what = {
-            "apply": f"{commit.edits} edits",
-            "revert": f"takes back commit {commit.refers_to}",
-            "checkout": f"goes back to the state after commit {commit.refers_to}",
-        }[commit.kind]
-        print(f"{mark} {commit.number:6d}  {commit.created}  {what}")
+        print(f"{mark} {commit.number:6d}  {commit.created}  {_what(commit)}")
+
+
+def _what(commit: Any) -> str:
+    return {
+        "apply": f"{commit.edits} edits",
+        "revert": f"takes back commit {commit.refers_to}",
+        "checkout": f"goes back to the state after commit {commit.refers_to}",
+    }[commit.kind]
+
+
+def _commit(ledger: Path, act: Callable[[Any], Any]) -> None:
+    """Append one commit to a ledger, made by `act` from its writer, and say what it does."""
+    from rose_engine import ledger as book
+
+    with book.writing(_existing(ledger)) as writer:
+        commit = act(writer)
+    print(f"commit {commit.number} {_what(commit)}")
 
 
 @app.command()
 def revert(ledger: LedgerArgument, number: Annotated[int, typer.Argument(help="The commit to take back.")]) -> None:
     """Take one commit back, whichever it is. The weights of `rose stream` and `Editor.restore` are then without it."""
-    from rose_engine import ledger as book
-
-    with book.writing(_existing(ledger)) as writer:
-        commit = writer.revert(number)
-    print(f"commit {commit.number} takes back commit {number}")
+    _commit(ledger, lambda writer: writer.revert(number))
 
 
 @app.command()
@@ -221,10 +230,7 @@ def show(ledger: LedgerArgument, number: Annotated[int, typer.Argument(help="The
 
     from rose_engine import ledger as book
 
-    commits = book.log(_existing(ledger))
-    if not 1 <= number <= len(commits):
-        raise book.LedgerError(f"{ledger}: has no commit {number}; the last is {len(commits)}")
-    commit = commits[number - 1]
+    commit = book.commit_of(_existing(ledger), number)
     record = asdict(commit)
     if commit.delta is not None:
         metadata = book.delta_of(ledger, commit).metadata
@@ -235,11 +241,7 @@ def show(ledger: LedgerArgument, number: Annotated[int, typer.Argument(help="The
 @app.command()
 def checkout(ledger: LedgerArgument, number: Annotated[int, typer.Argument(help="The commit to go back to; 0: no edit.")]) -> None:
     """Go back to the state after a commit, as a new commit; nothing is lost, and streams go on from there."""
-    from rose_engine import ledger as book
-
-    with book.writing(_existing(ledger)) as writer:
-        commit = writer.checkout(number)
-    print(f"commit {commit.number} goes back to the state after commit {number}")
+    _commit(ledger, lambda writer: writer.checkout(number))
 
 
 @app.command()
@@ -277,8 +279,8 @@ def export(
         raise ship.ExportError("say what to write: --checkpoint, --peft or --tensors")
     deltas = book.deltas(source, at) if source.is_dir() else [Delta.load(source)]
     base = checkpoint_folder(model)
-    ship.check_base(base, deltas)
     if peft:
+        ship.check_base(base, deltas)
         error = ship.export_peft(deltas, peft, base=str(base) if model == NAME else model, rank=rank, tolerance=tolerance)
         print(f"adapter, relative error {error:.1e}: {peft}")
     if checkpoint:

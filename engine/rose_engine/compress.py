@@ -54,18 +54,18 @@ def combined(deltas: Sequence[Delta], tolerance: float = 1e-6) -> tuple[Delta, f
         raise DeltaError("there are no deltas to combine")
     base = base_records(deltas)
     factors, error = compress_all(joined(deltas), tolerance=tolerance)
-    places = latest_columns(deltas)
-    subjects = list(dict.fromkeys(delta.subjects[delta.columns[c]] for delta, columns in zip(deltas, places, strict=True) for c in columns))
-    whose = [subjects.index(delta.subjects[delta.columns[c]]) for delta, columns in zip(deltas, places, strict=True) for c in columns]
-    keys = {name: torch.cat([_keys(delta, name, c, base[name]) for delta, c in zip(deltas, places, strict=True)], 1) for name in factors}
+    held = list(zip(deltas, latest_columns(deltas), strict=True))
+    owners = [delta.subjects[delta.columns[c]] for delta, columns in held for c in columns]
+    place = {subject: i for i, subject in enumerate(dict.fromkeys(owners))}
+    keys = {name: torch.cat([_keys(delta, name, columns, base[name]) for delta, columns in held], 1) for name in factors}
     metadata = {
         **deltas[-1].metadata,
         "base": [base[name] for name in factors],
         "parent": None,
         "below": 0,
         "edits": [edit.as_dict() for edit in latest(facts_in(deltas))],
-        "subjects": subjects,
-        "columns": whose,
+        "subjects": list(place),
+        "columns": [place[owner] for owner in owners],
         "report": None,
     }
     return Delta(factors, metadata, keys), error

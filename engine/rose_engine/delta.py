@@ -128,6 +128,13 @@ def base_records(deltas: Sequence[Delta]) -> dict[str, dict[str, Any]]:
     return base
 
 
+def check_record(ours: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """DeltaError where a weight's record in a delta is not that of the weight at hand, `ours`."""
+    if ours != record:
+        what = next(key for key in ("shape", "dtype", "sha256") if ours[key] != record[key])
+        raise DeltaError(f"the delta belongs to another base: {what} of `{record['name']}` is {ours[what]}, not {record[what]}")
+
+
 def state_id(deltas: Sequence[Delta]) -> str | None:
     """What names a state of the weights: the SHA-256 of the ids of the deltas in them, in order; None for the base."""
     return hashlib.sha256("\n".join(delta.id for delta in deltas).encode()).hexdigest() if deltas else None

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rose_engine import embedded
 from rose_engine import stream as streaming
 from rose_engine.adapter import Adapter
 from rose_engine.architecture import decoder_of
-from rose_engine.delta import FORMAT, Delta, DeltaError, fingerprint, state_id
+from rose_engine.delta import FORMAT, Delta, DeltaError, check_record, fingerprint, state_id
 from rose_engine.dtype import dtype_of
 from rose_engine.edits import Edit, EditError, check_consistent, group_by_subject
 from rose_engine.forms import Row, bystander_rows, chat_parts
@@ -127,7 +127,8 @@ class Editor:
             raise ValueError(f"layer {recipe.last_layer} cannot be edited: the model has {len(self.decoder.layers)} layers")
         check_consistent(edits)
         joint = recipe.sequential == "joint"
-        subjects = group_by_subject(with_earlier(self._applied, edits) if joint else edits)
+        before_these = facts_in(self._applied) if joint else []
+        subjects = group_by_subject(with_earlier(before_these, edits) if joint else edits)
         names = [subject.name for subject in subjects]
         clock = _Clock()
         plans = [subject_rows(self.decoder, self.tokenizer, subject, recipe) for subject in subjects]
@@ -139,7 +140,7 @@ class Editor:
         rows = [row for plan in plans for row in plan.facts]
         owner = [s for s, plan in enumerate(plans) for _ in plan.facts]
         known = [edit for subject in subjects for edit in subject.edits]
-        bystanders = self._bystanders(known, facts_in(self._applied) if joint else [], recipe.bystanders)
+        bystanders = self._bystanders(known, before_these, recipe.bystanders)
         with all_or_nothing(self.weights(recipe.layers).values()):
             earlier = partial(self._earlier, names, recipe.ridge) if joint else lambda name: None
             written = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe, bystanders, earlier)
@@ -209,8 +210,7 @@ class Editor:
         """
         for delta in deltas:
             self._check_base(delta)
-        modules = {self.decoder.weight_name(layer): self.decoder.projection(layer) for layer in range(len(self.decoder.layers))}
-        return Adapter(modules, deltas)
+        return Adapter(self._projections(), deltas)
 
     def stream(self, path: str | Path, lines: Iterable[str | Edit], name: str = "<stream>", **options: Any) -> Iterator[streaming.Step]:
         """Apply edits or JSONL lines batch by batch, each committed to the ledger in directory `path`: `rose_engine.stream.stream`."""
@@ -260,8 +260,11 @@ class Editor:
 
     def weights(self, layers: Iterable[int] | None = None) -> dict[str, Tensor]:
         """The weights that may be edited, by state-dict name, live: of the given layers, or of all."""
+        return {name: module.weight.data for name, module in self._projections(layers).items()}
+
+    def _projections(self, layers: Iterable[int] | None = None) -> dict[str, nn.Module]:
         layers = range(len(self.decoder.layers)) if layers is None else layers
-        return {self.decoder.weight_name(layer): self.decoder.projection(layer).weight.data for layer in layers}
+        return {self.decoder.weight_name(layer): self.decoder.projection(layer) for layer in layers}
 
     def _keep_base(self, layers: Iterable[int]) -> None:
         """Keep the unedited tensors of layers that are about to be edited for the first time."""
@@ -297,10 +300,7 @@ class Editor:
         layers = [layer_of[record["name"]] for record in delta.metadata["base"]]
         self._keep_base(layers)
         for record in delta.metadata["base"]:
-            if self._base_record[record["name"]] != record:
-                ours = self._base_record[record["name"]]
-                what = next(k for k in ("shape", "dtype", "sha256") if ours[k] != record[k])
-                raise DeltaError(f"the delta belongs to another base: {what} of `{record['name']}` is {ours[what]}, not {record[what]}")
+            check_record(self._base_record[record["name"]], record)
         return layers
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rose_engine.compress import compress_all, joined
-from rose_engine.delta import Delta, DeltaError, base_records, fingerprint, tensor_bytes
+from rose_engine.delta import Delta, base_records, check_record, fingerprint, tensor_bytes
 from rose_engine.files import replacing
 from rose_kernels import add_low_rank_
 
@@ -55,17 +55,18 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 def edited(weight: Tensor, name: str, deltas: Sequence[Delta]) -> Tensor:
     """A base weight with the deltas written into it in their order: the editor's bits. DeltaError where the base is another one."""
-    record = base_records(deltas)[name]
-    (ours,) = fingerprint({name: weight})
-    if ours != record:
-        what = next(key for key in ("shape", "dtype", "sha256") if ours[key] != record[key])
-        raise DeltaError(f"the delta belongs to another base: {what} of `{name}` is {ours[what]}, not {record[what]}")
+    _check_weight(weight, name, deltas)
     weight = weight.clone()
     for delta in deltas:
         if name in delta.factors:
             U, V = delta.factors[name]
             add_low_rank_([weight], [U], [V])
     return weight
+
+
+def _check_weight(weight: Tensor, name: str, deltas: Sequence[Delta]) -> None:
+    (ours,) = fingerprint({name: weight})
+    check_record(ours, base_records(deltas)[name])
 
 
 def export_checkpoint(base: str | Path, deltas: Sequence[Delta], out: str | Path) -> Path:
@@ -127,7 +128,7 @@ def _edited_places(base: Path, deltas: Sequence[Delta]) -> dict[str, str]:
 def check_base(base: str | Path, deltas: Sequence[Delta]) -> None:
     """ExportError or DeltaError where the deltas do not belong to the checkpoint folder `base`."""
     for name, file in _edited_places(Path(base), deltas).items():
-        edited(_tensor(Path(base) / file, name), name, deltas)
+        _check_weight(_tensor(Path(base) / file, name), name, deltas)
 
 
 def _places(base: Path) -> dict[str, str]:

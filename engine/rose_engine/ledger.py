@@ -19,7 +19,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -158,7 +158,8 @@ def _head(path: Path) -> tuple[int, str] | None:
     return int(number), digest
 
 
-def _active(commits: list[Commit]) -> list[int]:
+def standing(commits: list[Commit]) -> list[int]:
+    """The numbers of the commits whose deltas are in the weights after the last of these, in order."""
     states: list[list[int]] = [[]]
     for commit in commits:
         states.append(_after(states, commit))
@@ -176,14 +177,26 @@ def _after(states: list[list[int]], commit: Commit) -> list[int]:
 
 def active(path: str | Path, at: int | None = None) -> list[int]:
     """The numbers of the commits whose deltas are in the weights, in order: after the last commit, or after commit `at` (0: none)."""
-    return _active(_until(path, at))
+    return standing(_until(path, at))
 
 
 def _until(path: str | Path, at: int | None) -> list[Commit]:
     commits = log(path)
-    if at is not None and not 0 <= at <= len(commits):
-        raise LedgerError(f"{path}: has no commit {at}; the last is {len(commits)}")
+    if at is not None:
+        _check_number(path, at, commits)
     return commits if at is None else commits[:at]
+
+
+def _check_number(path: str | Path, number: int, commits: list[Commit], first: int = 0) -> None:
+    if not first <= number <= len(commits):
+        raise LedgerError(f"{path}: has no commit {number}; the last is {len(commits)}")
+
+
+def commit_of(path: str | Path, number: int) -> Commit:
+    """One commit, from 1, of a chain that was checked. LedgerError where there is none of that number."""
+    commits = log(path)
+    _check_number(path, number, commits, first=1)
+    return commits[number - 1]
 
 
 def delta_of(path: str | Path, commit: Commit) -> Delta:
@@ -199,7 +212,7 @@ def delta_of(path: str | Path, commit: Commit) -> Delta:
 def deltas(path: str | Path, at: int | None = None) -> list[Delta]:
     """The deltas that make up the weights, in order, after the last commit or after commit `at`."""
     commits = _until(path, at)
-    return [delta_of(path, commits[number - 1]) for number in _active(commits)]
+    return [delta_of(path, commits[number - 1]) for number in standing(commits)]
 
 
 def verify(path: str | Path) -> list[Commit]:
@@ -211,7 +224,7 @@ def verify(path: str | Path) -> list[Commit]:
     return commits
 
 
-def streams(commits: list[Commit]) -> dict[str, Any]:
+def streams(commits: Sequence[Commit]) -> dict[str, Any]:
     """How far each stream has come, by its name: what the last commit noted of it. A checkout takes streams back too, a revert does not."""
     places: list[dict[str, Any]] = [{}]
     for commit in commits:
@@ -226,7 +239,7 @@ def compact(path: str | Path, out: str | Path, tolerance: float = 1e-6) -> Commi
     LedgerError where nothing is in the weights, or `out` is a ledger already.
     """
     commits = log(path)
-    if not _active(commits):
+    if not standing(commits):
         raise LedgerError(f"{path}: holds no edit to compact")
     delta, error = combined(deltas(path, len(commits)), tolerance)
     compacted = {"commits": len(commits), "tolerance": tolerance, "error": error}
@@ -278,6 +291,11 @@ class Writer:
         if self._commits:
             self._write_head()
 
+    @property
+    def commits(self) -> tuple[Commit, ...]:
+        """Every commit, as `log` gives them."""
+        return tuple(self._commits)
+
     def apply(self, delta: Delta, note: Mapping[str, Any] | None = None) -> Commit:
         """Commit a delta. Where this raises there is no commit, unless the disk failed after it took its name; a new writer tells."""
         self._check_usable()
@@ -288,14 +306,13 @@ class Writer:
 
     def revert(self, number: int, note: Mapping[str, Any] | None = None) -> Commit:
         """Commit that an earlier commit is taken back. LedgerError where it is not in the weights."""
-        if number not in _active(self._commits):
-            raise LedgerError(f"{self.path}: commit {number} is not in the weights; those that are: {_active(self._commits)}")
+        if number not in standing(self._commits):
+            raise LedgerError(f"{self.path}: commit {number} is not in the weights; those that are: {standing(self._commits)}")
         return self._append("revert", None, number, self._commits[number - 1].edits, note)
 
     def checkout(self, number: int, note: Mapping[str, Any] | None = None) -> Commit:
         """Commit that the state after an earlier commit (0: no edit) is taken up again. LedgerError where there is none."""
-        if not 0 <= number <= len(self._commits):
-            raise LedgerError(f"{self.path}: has no commit {number}; the last is {len(self._commits)}")
+        _check_number(self.path, number, self._commits)
         return self._append("checkout", None, number, 0, note)
 
     def _append(self, kind, delta: str | None, refers_to: int | None, edits: int, note: Mapping[str, Any] | None) -> Commit:

@@ -33,11 +33,12 @@ def latest(edits: Iterable[Edit]) -> list[Edit]:
     return [edit for same in facts.values() for edit in same]
 
 
-def with_earlier(deltas: Sequence[Delta], edits: Sequence[Edit]) -> list[Edit]:
-    """The edits of each subject in order, after the facts that the deltas hold of it; of two targets for one prompt the later counts."""
-    names = list(dict.fromkeys(edit.subject.strip() for edit in edits))
-    facts = latest([*facts_in(deltas), *edits])
-    return [edit for name in names for edit in facts if edit.subject.strip() == name]
+def with_earlier(earlier: Sequence[Edit], edits: Sequence[Edit]) -> list[Edit]:
+    """The edits of each subject in order, after its earlier ones; of two targets for one prompt the later counts."""
+    facts: dict[str, list[Edit]] = {edit.subject.strip(): [] for edit in edits}
+    for edit in latest(edit for edit in (*earlier, *edits) if edit.subject.strip() in facts):
+        facts[edit.subject.strip()].append(edit)
+    return [edit for group in facts.values() for edit in group]
 
 
 def latest_columns(deltas: Sequence[Delta], without: Collection[str] = ()) -> list[tuple[int, ...]]:

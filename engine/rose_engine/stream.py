@@ -120,11 +120,10 @@ def stream(
     file = str(Path(rejects).absolute()) if rejects else REJECTS  # beside the commits it moves with them
     with ledger.writing(path) as writer:
         editor.restore(ledger.deltas(path))
-        commits = ledger.log(path)
-        last = ledger.streams(commits).get(name, {"lines": 0, "sha256": None, "rejects": 0})
+        last = ledger.streams(writer.commits).get(name, {"lines": 0, "sha256": None, "rejects": 0})
         rest = _Counted(lines if max_wait is None else _with_pauses(lines, max_wait), name)
         rest.skip(last["lines"], last["sha256"])
-        refused = Rejects(Path(path) / file, last["rejects"] if _last_writer(commits, file) == name else None)
+        refused = Rejects(Path(path) / file, last["rejects"] if _last_writer(writer.commits, file) == name else None)
         try:
             for batch, consumed, sha256 in _batches(editor, rest, recipe, refused, strict, batch_tokens, max_wait):
                 result, failed = _apply(editor, batch, recipe, require_success, strict, refused, progress)

@@ -9,10 +9,11 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 from rose_engine import ROSE, Edit, Editor, ledger
 from rose_engine.delta import DeltaError
 from rose_engine.ledger import LedgerError, writing
+
+from tests.engine.test_editor import same
 
 RECIPE = replace(ROSE, steps=2, lr=0.05, layers=(1, 2))
 PLACE = {"lines": 7, "rejects": 0, "sha256": "0"}
@@ -26,10 +27,6 @@ def editor(make_model, tokenizer):
 
 def bits(editor):
     return {name: weight.clone() for name, weight in editor.weights().items()}
-
-
-def same(a, b) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def fill(editor, path, count):
@@ -274,23 +271,14 @@ def test_what_a_killed_commit_leaves_behind(editor, tmp_path):
     assert len(ledger.verify(path)) == 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
-def test_a_full_disk_leaves_the_ledger_as_it_was(editor, tmp_path):
-    """The real thing: no file may grow beyond 4 KB."""
-    import resource
-
+def test_a_full_disk_leaves_the_ledger_as_it_was(editor, tmp_path, small_disk):
     path = tmp_path / "l"
     fill(editor, path, 1)
     delta = editor.apply([Edit("Ingrid", "{} likes", "tea")], recipe=RECIPE, verify=False).delta
     files = sorted(os.listdir(path))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with writing(path) as writer:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-        try:
-            with pytest.raises(OSError, match="cannot be written"):
-                writer.apply(delta)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with small_disk(4096), pytest.raises(OSError, match="cannot be written"):
+            writer.apply(delta)
         assert sorted(os.listdir(path)) == files and len(ledger.verify(path)) == 1
         writer.apply(delta)
     assert len(ledger.verify(path)) == 2

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rose_engine import ROSE, Delta, Edit, Editor
-from rose_engine.memory import Memory, with_earlier
+from rose_engine.memory import Memory, facts_in, with_earlier
 
 from tests.conftest import IMO, LIN, MARTEAU
 from tests.engine.test_editor import bits, same
@@ -59,7 +59,7 @@ def test_a_subject_edited_again_keeps_its_facts(editor):
     again = editor.apply([lives, religion])
     assert [fact.target for fact in again.report.facts] == ["Metz", "Islam"]
     assert [e["target"] for e in again.delta.metadata["edits"]] == ["Metz", "Islam"]
-    assert with_earlier([first.delta, other.delta], [lives, religion]) == [religion, LIN[1], lives]
+    assert with_earlier(facts_in([first.delta, other.delta]), [lives, religion]) == [religion, LIN[1], lives]
     rows = len(again.delta.columns)
     alone = Editor(editor.model, editor.tokenizer, replace(RECIPE, sequential="plain")).apply([lives, religion], verify=False)
     assert rows > len(alone.delta.columns)  # the city where she worked is there once more
@@ -76,8 +76,8 @@ def test_two_questions_of_one_fact_are_both_asked(editor):
     assert with_earlier([], asked) == asked
     first = editor.apply(asked, verify=False).delta
     more = Edit("Lin Nu", "{} speaks", "Basque")
-    assert with_earlier([first], [more]) == [*asked, more] == with_earlier([first, first], [more])
-    assert with_earlier([first], [Edit("Lin Nu", "{} lives in", "Rome")]) == [Edit("Lin Nu", "{} lives in", "Rome")]
+    assert with_earlier(facts_in([first]), [more]) == [*asked, more] == with_earlier(facts_in([first, first]), [more])
+    assert with_earlier(facts_in([first]), [Edit("Lin Nu", "{} lives in", "Rome")]) == [Edit("Lin Nu", "{} lives in", "Rome")]
 
 
 def test_a_restarted_editor_goes_on_with_the_same_bits(make_model, tokenizer, tmp_path):
