@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,14 @@ from rose_engine.adapter import Adapter
 from rose_engine.architecture import decoder_of
 from rose_engine.delta import FORMAT, Delta, DeltaError, check_record, fingerprint, state_id
 from rose_engine.dtype import dtype_of
-from rose_engine.edits import Edit, EditError, check_consistent, group_by_subject
+from rose_engine.edits import Edit, EditError, check_consistent, group_by_fact, group_by_subject
 from rose_engine.forms import Row, bystander_rows, chat_parts
 from rose_engine.memory import Memory, facts_in, with_earlier
+from rose_engine.moments import moments
 from rose_engine.optimize import Progress, optimize_values, subject_rows
-from rose_engine.precondition import Protected
+from rose_engine.precondition import Base, Preconditioner, covariance, identity, null_space, preconditioner
 from rose_engine.recipe import Recipe, preset
+from rose_engine.sample import sample_prefixes
 from rose_engine.verify import UNRELATED, Report, compare, snapshot
 from rose_engine.write import all_or_nothing, write_layers
 from rose_kernels import add_low_rank_
@@ -77,6 +78,7 @@ class Editor:
         self._base_record: dict[str, dict[str, Any]] = {}
         self._applied: list[Delta] = []
         self._memory = Memory()
+        self._bases: dict[tuple[Any, ...], dict[str, Base]] = {}
 
     @classmethod
     def from_pretrained(
@@ -126,24 +128,27 @@ class Editor:
         if recipe.last_layer >= len(self.decoder.layers) - 1:
             raise ValueError(f"layer {recipe.last_layer} cannot be edited: the model has {len(self.decoder.layers)} layers")
         check_consistent(edits)
+        if recipe.texts == "prefixes" and not recipe.prefixes:
+            recipe = replace(recipe, prefixes=sample_prefixes(self.model, self.tokenizer, recipe.seed))
         joint = recipe.sequential == "joint"
         before_these = facts_in(self._applied) if joint else []
-        subjects = group_by_subject(with_earlier(before_these, edits) if joint else edits)
+        group = group_by_subject if recipe.grouping == "subject" else group_by_fact
+        subjects = group(with_earlier(before_these, edits) if joint else edits)
         names = [subject.name for subject in subjects]
         clock = _Clock()
         plans = [subject_rows(self.decoder, self.tokenizer, subject, recipe) for subject in subjects]
+        self._keep_base(recipe.layers)
+        held = self._preconditioner(recipe, names if joint else ())
         clock("prepare")
         before = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
         clock("verify")
         values = optimize_values(self.decoder, plans, recipe, progress, clock)
-        self._keep_base(recipe.layers)
         rows = [row for plan in plans for row in plan.facts]
         owner = [s for s, plan in enumerate(plans) for _ in plan.facts]
         known = [edit for subject in subjects for edit in subject.edits]
         bystanders = self._bystanders(known, before_these, recipe.bystanders)
         with all_or_nothing(self.weights(recipe.layers).values()):
-            earlier = partial(self._earlier, names, recipe.ridge) if joint else lambda name: None
-            written = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe, bystanders, earlier)
+            written = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe, held, bystanders)
             clock("write")
             after = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
             report = compare(edits, unrelated, before, after) if before and after else None
@@ -283,8 +288,34 @@ class Editor:
             for row in bystander_rows(some, self.tokenizer, count, spoken=[*edits, *earlier])
         ]
 
-    def _earlier(self, without: Sequence[str], ridge: float, name: str) -> Protected | None:
-        return self._memory.of(name, self._applied, without, ridge, self.decoder.embedding.weight.device)
+    def _preconditioner(self, recipe: Recipe, without: Sequence[str]) -> Callable[[str], Preconditioner]:
+        """That of each weight: the recipe's base and, unless it is "plain", the keys of earlier edits, not of the subjects `without`."""
+        bases = self._bases_of(recipe)
+
+        def of(name: str) -> Preconditioner:
+            weight = self.weights()[name]
+            start = preconditioner(weight.shape[1], recipe.ridge, bases.get(name, identity), weight.device)
+            return start if recipe.sequential == "plain" else self._memory.joined(name, start, self._applied, without)
+
+        return of
+
+    def _bases_of(self, recipe: Recipe) -> dict[str, Base]:
+        """By weight what its preconditioner is made on; empty for the identity. Made once: it is read off the unedited weights."""
+        if recipe.preconditioner == "identity":
+            return {}
+        scale = (recipe.covariance_weight, recipe.ridge) if recipe.preconditioner == "covariance" else (recipe.null_threshold,)
+        about = (recipe.preconditioner, recipe.layers, scale, recipe.corpus, recipe.corpus_tokens, recipe.seed)
+        if about not in self._bases:
+            make = covariance if recipe.preconditioner == "covariance" else null_space
+            applied = self._applied
+            self._rewrite([])
+            try:
+                base = [self._base_record[name] for name in self.weights(recipe.layers)]
+                found = moments(self.decoder, self.tokenizer, base, recipe.layers, recipe.corpus, recipe.corpus_tokens, recipe.seed)
+            finally:
+                self._rewrite(applied)
+            self._bases[about] = {name: make(moment, *scale) for name, moment in found.items()}
+        return self._bases[about]
 
     def _add(self, delta: Delta) -> None:
         weights = self.weights()

@@ -220,3 +220,8 @@ def group_by_subject(edits: Iterable[Edit]) -> list[Subject]:
         fact = (edit.prompt.strip(), edit.target.strip(), edit.question)
         groups.setdefault(edit.subject.strip(), {}).setdefault(fact, edit)
     return [Subject(name, tuple(facts.values())) for name, facts in groups.items()]
+
+
+def group_by_fact(edits: Iterable[Edit]) -> list[Subject]:
+    """Every fact alone, in the order of `group_by_subject`."""
+    return [Subject(subject.name, (edit,)) for subject in group_by_subject(edits) for edit in subject.edits]

@@ -121,6 +121,11 @@ def forms_for(tokenizer: Any, count: int = 8) -> tuple[Form, ...]:
     return forms[:count]
 
 
+def prefix_forms(prefixes: Sequence[str]) -> tuple[Form, ...]:
+    """MEMIT's texts of a fact: the statement alone, and after each prefix."""
+    return (STATEMENT, *(Form(f"prefix_{i}", (prefix, "")) for i, prefix in enumerate(prefixes, 1)))
+
+
 def chat_parts(tokenizer: Any, system: str | None) -> tuple[str, str]:
     """The chat template's text before and after a user's message, up to where the assistant's answer begins.
 

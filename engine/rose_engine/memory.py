@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from rose_engine.delta import Delta, edit_of
 from rose_engine.edits import Edit
-from rose_engine.precondition import Protected, protect
+from rose_engine.precondition import Preconditioner
 
 
 def facts_in(deltas: Sequence[Delta]) -> list[Edit]:
@@ -54,10 +53,10 @@ class Memory:
     """The protected keys of the deltas in the weights, by weight: appended to while edits come, built anew where one has left."""
 
     def __init__(self):
-        self._held: dict[str, tuple[list[tuple], Protected]] = {}
+        self._held: dict[str, tuple[list[tuple], Preconditioner]] = {}
 
-    def of(self, name: str, deltas: Sequence[Delta], without: Collection[str], ridge: float, device: torch.device) -> Protected | None:
-        """The keys that the deltas wrote to the weight `name`, but not of the subjects in `without`; None where there are none.
+    def joined(self, name: str, start: Preconditioner, deltas: Sequence[Delta], without: Collection[str] = ()) -> Preconditioner:
+        """`start` with the keys that the deltas wrote to the weight `name`, but not those of the subjects in `without`.
 
         A subject's columns are those of the last delta that has it. The same deltas give the same bits, whatever was asked before.
         """
@@ -66,16 +65,15 @@ class Memory:
             for delta, columns in zip(deltas, latest_columns(deltas, without), strict=True)
             if name in delta.keys and columns
         ]
-        asked = [(ridge, device, *part[:2]) for part in parts]
-        had, held = self._held.get(name, ([], None))
-        if held is None or asked[: len(had)] != had:
-            had, held = [], None
+        asked = [(start.base, start.ridge, start.keys.device, *part[:2]) for part in parts]
+        had, held = self._held.get(name, ([], start))
+        if asked[: len(had)] != had:
+            had, held = [], start
         for _, columns, keys in parts[len(had) :]:
-            keys = _chosen(keys, columns).to(device)
-            held = held.joined(keys) if held else protect(keys, ridge)
-        if held is not None:
+            held = held.joined(_chosen(keys, columns).to(start.keys.device))
+        if parts:
             self._held[name] = asked, held
-        return held
+        return held if parts else start
 
 
 def _chosen(keys: Tensor, columns: tuple[int, ...]) -> Tensor:

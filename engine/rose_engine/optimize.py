@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rose_engine.architecture import Decoder
 from rose_engine.edits import Subject
-from rose_engine.forms import Row, forms_for, regulariser_row, row_of
+from rose_engine.forms import Row, forms_for, prefix_forms, regulariser_row, row_of
 from rose_engine.forward import pack, prepare, suffix_step
 from rose_engine.packing import inputs, split_rows
 from rose_engine.recipe import Recipe
@@ -64,8 +64,8 @@ class SubjectRows:
 
 
 def subject_rows(decoder: Decoder, tokenizer: Any, subject: Subject, recipe: Recipe) -> SubjectRows:
-    """Every fact of a subject in every form. EditError names an edit that cannot be made a row."""
-    forms = forms_for(tokenizer, recipe.forms)
+    """Every fact of a subject in every form, or after every prefix, of the recipe. EditError names an edit that cannot be made a row."""
+    forms = forms_for(tokenizer, recipe.forms) if recipe.texts == "forms" else prefix_forms(recipe.prefixes)
     relations = tuple(tuple(row_of(edit, form, tokenizer, decoder.max_length) for form in forms) for edit in subject.edits)
     return SubjectRows(relations, regulariser_row(subject.name, tokenizer))
 

@@ -1,13 +1,15 @@
-"""Preconditioners: C in dW = R K^T (C + K K^T)^-1, given as what the write needs of it, P = C^-1 K (method.md section 2).
+"""Preconditioners: C in dW = R K^T (C + K K^T)^-1, given as what the write needs of it, P = ridge C^-1 K (method.md section 2).
 
-Identity is IGA (eq. 10): C = ridge I, P = K. Protected adds keys K_p that must not move, C = ridge I + K_p K_p^T: those of texts about
-others, MEMIT's covariance with the few texts that matter in the place of a corpus, and those of earlier edits, with which a write is
-a step of recursive least squares. No d_in x d_in matrix is made: the m x m Cholesky factor of ridge I + K_p^T K_p serves, and
-grows by a block when keys join.
+A base says what C is before anything is protected. `identity` is IGA (eq. 10), C = ridge I; `covariance` MEMIT's, C = lambda E[k k^T]
+over a corpus; `null_space` AlphaEdit's, which keeps of a key what lies outside the corpus. Protected keys K_p join a base, C + K_p K_p^T:
+those of texts about others, MEMIT's covariance with the few texts that matter in the place of a corpus, and those of earlier
+edits, with which a write is a step of recursive least squares. What is solved for them is m x m and grows by a block when keys
+join; a d_in x d_in matrix exists only where a corpus was asked for, and is factorised once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,46 +18,87 @@ from torch import Tensor
 # Protected keys that are widened to float64 at one time.
 BLOCK = 512
 
+# K [d_in, n] float32 -> ridge C^-1 K [d_in, n], float32 or float64.
+Base = Callable[[Tensor], Tensor]
+
+
+def identity(K: Tensor) -> Tensor:
+    """C = ridge I."""
+    return K
+
+
+def covariance(moment: Tensor, weight: float, ridge: float) -> Base:
+    """C = weight E[k k^T]; moment [d_in, d_in] float64. ValueError where it is not positive definite."""
+    factor, info = torch.linalg.cholesky_ex(moment)
+    if int(info):
+        raise ValueError(
+            f"the keys' second moment is singular (leading minor {int(info)} of {len(moment)}): the corpus has too few tokens, or all alike"
+        )
+    scale = ridge / weight
+    return lambda K: scale * torch.cholesky_solve(K.double(), factor)
+
+
+def null_space(moment: Tensor, threshold: float) -> Base:
+    """P = Q Q^T K, Q the eigenvectors of E[k k^T] whose eigenvalues are below the threshold (Fang et al. 2024).
+
+    With it a write is R K^T Pi (K K^T Pi + ridge I)^-1, Pi = Q Q^T; keys that join are seen through Pi as well. ValueError where no
+    eigenvalue is below.
+    """
+    values, vectors = torch.linalg.eigh(moment)
+    if not (values < threshold).any():
+        raise ValueError(f"the keys have no null space: every eigenvalue of their second moment is {float(values[0]):.2g} or more")
+    basis = vectors[:, values < threshold].contiguous()
+    return lambda K: basis @ (basis.T @ K.double())
+
 
 @dataclass(frozen=True)
-class Protected:
-    """Keys K_p [d_in, m] float32 and the lower Cholesky factor [m, m] float64 of ridge I + K_p^T K_p."""
+class Preconditioner:
+    """A base, and protected keys K_p [d_in, m] float32 with it: adjusted = base(K_p), as the base gives it, and factor [m, m] float64,
+    the lower Cholesky factor of ridge I + K_p^T base(K_p). Made by `preconditioner`."""
 
-    keys: Tensor
-    factor: Tensor
+    base: Base
     ridge: float
+    keys: Tensor
+    adjusted: Tensor
+    factor: Tensor
 
-    def joined(self, keys: Tensor) -> Protected:
-        """With more keys [d_in, n]: [[L, 0], [X^T, chol(ridge I + K^T K - X^T X)]], X = L^-1 K_p^T K; O(m^2 n + n^3).
+    def joined(self, keys: Tensor) -> Preconditioner:
+        """With more keys [d_in, n]: [[L, 0], [X^T, chol(ridge I + K^T B - X^T X)]], B = base(K), X = L^-1 K_p^T B; O(m^2 n + n^3).
 
         ValueError where the keys are not finite.
         """
-        k = keys.double()
-        X = torch.linalg.solve_triangular(self.factor, _products(self.keys, k), upper=False)
-        system = k.T @ k - X.T @ X
+        k, b = keys.double(), self.base(keys)
+        X = torch.linalg.solve_triangular(self.factor, _products(self.keys, b.double()), upper=False)
+        system = k.T @ b.double() - X.T @ X
         system.diagonal().add_(self.ridge)
         corner, info = torch.linalg.cholesky_ex(system)
         if int(info):
             raise ValueError(f"the protected keys' system is not positive definite (leading minor {int(info)} of {len(system)})")
         top = torch.cat([self.factor, self.factor.new_zeros(X.shape)], 1)
-        return Protected(torch.cat([self.keys, keys.float()], 1), torch.cat([top, torch.cat([X.T, corner], 1)]), self.ridge)
+        joined = torch.cat([self.keys, keys.float()], 1)
+        # The identity adjusts nothing: one tensor serves as both.
+        adjusted = joined if b is keys else torch.cat([self.adjusted.to(b.dtype), b], 1)
+        return Preconditioner(self.base, self.ridge, joined, adjusted, torch.cat([top, torch.cat([X.T, corner], 1)]))
 
     def apply(self, K: Tensor) -> Tensor:
-        """ridge C^-1 K [d_in, n] float32 by the push-through identity: K - K_p (ridge I + K_p^T K_p)^-1 K_p^T K, solved in float64.
+        """ridge C^-1 K [d_in, n] float32: B - base(K_p) (ridge I + K_p^T base(K_p))^-1 K_p^T B, B = base(K), solved in float64.
 
-        With it `rank_update_(W, K, R, P, ridge)` writes R K^T (C + K K^T)^-1.
+        With it `rank_update_(W, K, R, P, ridge)` writes R K^T (C + K K^T)^-1. K itself where C is the identity and nothing is protected.
         """
-        out = K.to(torch.float64, copy=True)
+        out = self.base(K)
+        if not self.keys.shape[1]:
+            return out.float()
+        out = out.to(torch.float64, copy=True)
         share = torch.cholesky_solve(_products(self.keys, out), self.factor)
         for i in range(0, self.keys.shape[1], BLOCK):
-            out -= self.keys[:, i : i + BLOCK].double() @ share[i : i + BLOCK]
+            out -= self.adjusted[:, i : i + BLOCK].double() @ share[i : i + BLOCK]
         return out.float()
 
 
-def protect(keys: Tensor, ridge: float) -> Protected:
-    """Protect keys [d_in, m]; m may be 0."""
-    nothing = Protected(keys.new_zeros(len(keys), 0, dtype=torch.float32), keys.new_zeros(0, 0, dtype=torch.float64), ridge)
-    return nothing.joined(keys)
+def preconditioner(d_in: int, ridge: float, base: Base = identity, device: torch.device | str = "cpu") -> Preconditioner:
+    """A base that protects nothing yet."""
+    nothing = torch.zeros(d_in, 0, device=device)
+    return Preconditioner(base, ridge, nothing, nothing, torch.zeros(0, 0, dtype=torch.float64, device=device))
 
 
 def _products(keys: Tensor, k: Tensor) -> Tensor:

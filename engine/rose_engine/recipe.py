@@ -6,7 +6,7 @@ The fields name the symbols of method.md sections 1 and 2. ROSE holds the paper'
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import PretrainedConfig
 
@@ -15,17 +15,24 @@ from transformers import PretrainedConfig
 class Recipe:
     """How a value is optimised and how it is written.
 
-    forms: linguistic forms under each relation. steps, lr: Adam's. weight_decay (wd), kl: the regularisers' weights. clamp (c): the
+    grouping: one value for all facts of a "subject", or one for each "fact". texts: "forms" renders every fact in `forms` linguistic
+    forms; "prefixes" takes the prompt alone and after each of `prefixes`, sentences that are sampled from the model with
+    `seed` where none are given. steps, lr: Adam's. weight_decay (wd), kl: the regularisers' weights. clamp (c): the
     value stays within clamp * ||v0|| of v0. stop_loss: a subject leaves once the mean of its relations' losses is below; 0 keeps
     it to the last step.
-    layers: the edited layers; the last is L. columns: "row" writes one key for each fact in a form, "mean" one for a subject.
-    ridge: the identity's weight in eq. 10. bystanders: how many prompts about other subjects the write keeps from moving
-    (`precondition.Protected`); 0 is the paper's identity alone. sequential: "joint" solves a write together with all earlier ones
-    (`memory`) and does a subject's earlier facts again with its new ones; "plain" does neither.
+    layers: the edited layers; the last is L. columns: "row" writes one key for each fact in a form, "mean" one for a value.
+    preconditioner: C is the "identity" times ridge (eq. 10), the "covariance" covariance_weight * E[k k^T] (ridge cancels), or the
+    "null_space" below null_threshold of E[k k^T] is kept, with ridge. corpus: what E is taken over, `corpus_tokens` tokens of it: "model"
+    is text sampled from the model with `seed`; else see `moments.texts_of`. bystanders: how many prompts about other subjects the
+    write keeps from moving; 0 is none. sequential: "joint" solves a write together with all earlier ones (`memory`) and does a subject's
+    earlier facts again with its new ones; "protect" does the first alone; "plain" does neither.
     """
 
     name: str = "rose"
+    grouping: Literal["subject", "fact"] = "subject"
+    texts: Literal["forms", "prefixes"] = "forms"
     forms: int = 8
+    prefixes: tuple[str, ...] = ()
     steps: int = 35
     lr: float = 0.5
     weight_decay: float = 0.5
@@ -35,17 +42,23 @@ class Recipe:
     layers: tuple[int, ...] = (4, 5, 6, 7, 8)
     columns: Literal["row", "mean"] = "row"
     ridge: float = 1.0
+    preconditioner: Literal["identity", "covariance", "null_space"] = "identity"
+    covariance_weight: float = 15_000.0
+    null_threshold: float = 2e-2
+    corpus: str = "model"
+    corpus_tokens: int = 32_768
     bystanders: int = 0
-    sequential: Literal["joint", "plain"] = "joint"
+    sequential: Literal["joint", "protect", "plain"] = "joint"
+    seed: int = 0
 
     def __post_init__(self):
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise ValueError(f"layers must be ascending layer numbers, given {self.layers}")
-        if self.columns not in ("row", "mean"):
-            raise ValueError(f"columns must be 'row' or 'mean', given {self.columns!r}")
-        if self.sequential not in ("joint", "plain"):
-            raise ValueError(f"sequential must be 'joint' or 'plain', given {self.sequential!r}")
-        for name in ("steps", "lr", "clamp", "ridge"):
+        for name, choices in get_type_hints(Recipe).items():
+            if get_origin(choices) is Literal and getattr(self, name) not in get_args(choices):
+                known = " or ".join(repr(choice) for choice in get_args(choices))
+                raise ValueError(f"{name} must be {known}, given {getattr(self, name)!r}")
+        for name in ("steps", "lr", "clamp", "ridge", "covariance_weight", "null_threshold", "corpus_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, given {getattr(self, name)}")
         for name in ("weight_decay", "kl", "stop_loss", "bystanders"):
@@ -63,6 +76,13 @@ class Recipe:
 
 
 ROSE = Recipe()
+# method.md section 3. The published methods that the engine can express, with the optimisation of ROSE's paper (Appendix D.3).
+MEMIT_MERGE = replace(ROSE, name="memit_merge", texts="prefixes", columns="mean", preconditioner="covariance", sequential="plain")
+MEMIT = replace(MEMIT_MERGE, name="memit", grouping="fact")
+ALPHAEDIT = replace(MEMIT, name="alphaedit", preconditioner="null_space", sequential="protect")
+# Meng et al. 2022a, eq. 2: the key's value becomes exactly the wanted one, with the least change in the metric of the covariance. That is
+# a covariance of next to no weight, and holds for one fact in one layer: `apply` takes one fact at a time with it.
+ROME = replace(MEMIT, name="rome", layers=(5,), covariance_weight=1e-4)
 # Chosen on same-subject data; what was tried stands in docs/smollm2-preset.md.
 SMOLLM2 = replace(ROSE, name="rose-smollm2", steps=40, lr=0.7, ridge=10.0, bystanders=64)
 

@@ -21,7 +21,7 @@ from rose_engine.architecture import Decoder
 from rose_engine.attention import TreeAttention
 from rose_engine.forms import Row
 from rose_engine.forward import run_layers, run_tree, tree_on
-from rose_engine.precondition import Protected, protect
+from rose_engine.precondition import Preconditioner
 from rose_engine.recipe import Recipe
 from rose_kernels import forget_refused, raise_refused, rank_update_
 
@@ -58,15 +58,15 @@ def write_layers(
     wanted: Tensor,
     delta: Tensor,
     recipe: Recipe,
+    preconditioner: Callable[[str], Preconditioner],
     bystanders: Sequence[Row] = (),
-    earlier: Callable[[str], Protected | None] = lambda name: None,
 ) -> Written:
     """Write the subjects' values into the edited layers, in place.
 
     rows: the facts' rows; subject [rows]: the subject of each. wanted [rows, d] float32: the unedited hidden state after layer L at
-    each row's subject token, to which delta [S, d] of its subject is added: z_i. bystanders: rows of which every token's key
-    is protected. earlier(name): what earlier edits protect of a weight. ValueError where a system cannot be solved; run it within
-    `all_or_nothing`, for earlier layers are written by then.
+    each row's subject token, to which delta [S, d] of its subject is added: z_i. preconditioner(name): that of a weight, with what
+    earlier edits protect. bystanders: rows of which every token's key is protected too. ValueError where a system cannot be
+    solved; run it within `all_or_nothing`, for earlier layers are written by then.
     """
     forget_refused()
     device = wanted.device
@@ -83,18 +83,18 @@ def write_layers(
     attention = TreeAttention(tree, torch.arange(len(tree.token), device=device))
     written = Written({}, {}, list(range(len(delta))) if recipe.columns == "mean" else owner.tolist())
     for i, layer in enumerate(layers):
-        with _reading(decoder, [layer]) as keys:
+        with reading(decoder, [layer]) as keys:
             reached = run_layers(decoder, hidden, tree.position, range(layer, last + 1), attention)
         residual = (z - reached[node].float()) / (len(layers) - i)
         K, R = (keys[layer][node].float() * root[:, None]).T, (residual * root[:, None]).T
         if recipe.columns == "mean":
             K, R = _mean_columns(K, R, root, owner)
         name = decoder.weight_name(layer)
-        held = earlier(name)
+        held = preconditioner(name)
         if others:
-            held = held.joined(others[layer]) if held else protect(others[layer], recipe.ridge)
-        P = held.apply(K) if held else None
-        written.factors[name] = rank_update_(decoder.projection(layer).weight.data, K, R, P, recipe.ridge)
+            held = held.joined(others[layer])
+        P = held.apply(K)
+        written.factors[name] = rank_update_(decoder.projection(layer).weight.data, K, R, None if P is K else P, recipe.ridge)
         written.keys[name] = K
         if layer != last:
             hidden = run_layers(decoder, hidden, tree.position, range(layer, layers[i + 1]), attention)
@@ -103,7 +103,7 @@ def write_layers(
 
 
 @contextmanager
-def _reading(decoder: Decoder, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+def reading(decoder: Decoder, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
     """Within the block, a run of these layers leaves here what their edited projections are given: layer -> [tokens, d_in]."""
     keys: dict[int, Tensor] = {}
     hooks = [
@@ -120,7 +120,7 @@ def _reading(decoder: Decoder, layers: Iterable[int]) -> Iterator[dict[int, Tens
 def _keys(decoder: Decoder, rows: Sequence[Row], layers: Sequence[int]) -> dict[int, Tensor]:
     """The keys, as the weights are now, of every token of some rows: layer -> [d_in, tokens] float32."""
     tree = tree_on([row.tokens for row in rows], decoder.embedding.weight.device)
-    with _reading(decoder, layers) as keys:
+    with reading(decoder, layers) as keys:
         run_tree(decoder, tree, range(layers[-1] + 1))
     return {layer: key.float().T for layer, key in keys.items()}
 
@@ -134,7 +134,8 @@ def _columns(paths: Sequence[Sequence[int]], subject: Sequence[int]) -> dict[tup
 
 
 def _mean_columns(K: Tensor, R: Tensor, root: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """One column a subject: the mean of its rows' keys and of their residuals (MEMIT's habit)."""
+    """One column a value (MEMIT's habit): the mean of its rows' keys, and the residual of the first row, the bare prompt at
+    which the value was read."""
     share = F.one_hot(owner).float() * root[:, None]
-    share = share / (share**2).sum(0)
-    return K @ share, R @ share
+    first = torch.tensor([owner.tolist().index(s) for s in range(share.shape[1])], device=owner.device)
+    return K @ (share / (share**2).sum(0)), R[:, first] / root[first]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from rose_engine import ROSE, Delta, Edit, Editor
 from rose_engine.memory import Memory, facts_in, with_earlier
+from rose_engine.precondition import preconditioner
 
 from tests.conftest import IMO, LIN, MARTEAU
 from tests.engine.test_editor import bits, same
@@ -65,9 +66,10 @@ def test_a_subject_edited_again_keeps_its_facts(editor):
     assert rows > len(alone.delta.columns)  # the city where she worked is there once more
     # Its first columns no longer hold the subject; another subject's stay.
     name = next(iter(again.delta.factors))
-    held = Memory().of(name, editor.applied, (), 1.0, torch.device("cpu"))
+    start = preconditioner(64, 1.0)
+    held = Memory().joined(name, start, editor.applied)
     torch.testing.assert_close(held.keys, torch.cat([other.delta.keys[name], again.delta.keys[name]], 1), rtol=0, atol=0)
-    held = Memory().of(name, editor.applied, {"Lin Nu"}, 1.0, torch.device("cpu"))
+    held = Memory().joined(name, start, editor.applied, {"Lin Nu"})
     torch.testing.assert_close(held.keys, other.delta.keys[name], rtol=0, atol=0)
 
 

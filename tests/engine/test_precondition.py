@@ -1,28 +1,72 @@
 """Preconditioners against dense inverses in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-from rose_engine.precondition import protect
+from rose_engine.precondition import covariance, identity, null_space, preconditioner
 
 from rose_kernels import rank_update_
 
+D_IN, D_OUT, RIDGE = 60, 9, 2.0
 
-@pytest.mark.parametrize("m", [1, 20, 1100])
-def test_protected_is_the_dense_preconditioner(m):
+
+def moment(tokens=400):
+    """E[k k^T] of keys that fill some directions much more than others."""
+    k = torch.randn(tokens, D_IN, dtype=torch.float64) * torch.logspace(0, -2, D_IN, dtype=torch.float64)
+    return k.T @ k / tokens
+
+
+def split(keys):
+    """Keys as they may come: some at first, more later, sometimes none."""
+    at = [0, *sorted(torch.randint(0, keys.shape[1] + 1, (3,)).tolist()), keys.shape[1]]
+    return [keys[:, begin:end] for begin, end in pairwise(at)]
+
+
+@pytest.mark.parametrize("kind", ["identity", "covariance"])
+@pytest.mark.parametrize("m", [0, 1, 20, 1100])
+def test_preconditioner_is_the_dense_one(kind, m):
     """However many times keys joined; more keys than can be widened at a time."""
-    d_in, d_out, n, ridge = 60, 9, 6, 2.0
-    K, keys, R, W = torch.randn(d_in, n), torch.randn(d_in, m), torch.randn(d_out, n), torch.randn(d_out, d_in)
-    keys[:, -1] = keys[:, 0]
+    n, M = 6, moment()
+    K, keys, R, W = torch.randn(D_IN, n), torch.randn(D_IN, m), torch.randn(D_OUT, n), torch.randn(D_OUT, D_IN)
+    keys[:, -1:] = keys[:, :1]
     k, p = K.double(), keys.double()
-    C = ridge * torch.eye(d_in, dtype=torch.float64) + p @ p.T
-    at = sorted(torch.randint(0, m + 1, (3,)).tolist())
-    held = protect(keys[:, : at[0]], ridge)
-    for begin, end in zip(at, [*at[1:], m], strict=True):
-        held = held.joined(keys[:, begin:end])
-    system = ridge * torch.eye(m, dtype=torch.float64) + p.T @ p
-    torch.testing.assert_close(held.factor @ held.factor.T, system, rtol=1e-10, atol=1e-8)
+    C = (RIDGE * torch.eye(D_IN, dtype=torch.float64) if kind == "identity" else 7.0 * M) + p @ p.T
+    held = preconditioner(D_IN, RIDGE, identity if kind == "identity" else covariance(M, 7.0, RIDGE))
+    for some in split(keys):
+        held = held.joined(some)
     P = held.apply(K)
-    torch.testing.assert_close(P.double(), ridge * torch.linalg.solve(C, k), rtol=1e-5, atol=1e-5)
-    wanted = W.double() + R.double() @ k.T @ torch.linalg.inv(C + k @ k.T)
-    rank_update_(W, K, R, P, ridge)
-    torch.testing.assert_close(W.double(), wanted, rtol=1e-4, atol=1e-5)
+    inverse = torch.linalg.solve(C, k)
+    assert (P.double() - RIDGE * inverse).norm() <= 1e-5 * RIDGE * inverse.norm()
+    wanted = R.double() @ k.T @ torch.linalg.inv(C + k @ k.T)
+    before = W.double()
+    rank_update_(W, K, R, P, RIDGE)
+    assert (W.double() - before - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("m", [0, 20])
+def test_null_space_is_alphaedits_projector(m):
+    """dW = R K^T Pi (K_p K_p^T Pi + K K^T Pi + ridge I)^-1."""
+    M, K, keys = moment(), torch.randn(D_IN, 6), torch.randn(D_IN, m)
+    R, W = torch.randn(D_OUT, 6), torch.randn(D_OUT, D_IN)
+    values, vectors = torch.linalg.eigh(M)
+    threshold = float(values[D_IN // 2])
+    Pi = vectors[:, values < threshold] @ vectors[:, values < threshold].T
+    k, p = K.double(), keys.double()
+    system = (p @ p.T + k @ k.T) @ Pi + RIDGE * torch.eye(D_IN, dtype=torch.float64)
+    wanted = R.double() @ torch.linalg.solve(system.T, Pi @ k).T
+    held = preconditioner(D_IN, RIDGE, null_space(M, threshold)).joined(keys)
+    before = W.double()
+    rank_update_(W, K, R, held.apply(K), RIDGE)
+    assert (W.double() - before - wanted).norm() <= 1e-4 * wanted.norm()
+    assert ((W.double() - before) @ vectors[:, -1]).norm() <= 1e-5 * wanted.norm()  # what the corpus is made of does not move
+
+
+def test_a_corpus_that_does_not_serve_is_refused():
+    k = torch.randn(D_IN, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="too few tokens"):
+        covariance(k @ k.T, 1.0, 1.0)
+    with pytest.raises(ValueError, match="no null space"):
+        null_space(torch.eye(D_IN, dtype=torch.float64), 1e-2)
+    with pytest.raises(ValueError, match="not positive definite"):
+        preconditioner(D_IN, 1.0).joined(torch.full((D_IN, 2), torch.nan))

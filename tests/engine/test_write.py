@@ -10,6 +10,7 @@ from rose_engine.architecture import decoder_of
 from rose_engine.edits import group_by_subject
 from rose_engine.forms import BYSTANDERS, bystander_rows
 from rose_engine.optimize import subject_rows
+from rose_engine.precondition import preconditioner
 from rose_engine.recipe import ROSE
 from rose_engine.write import all_or_nothing, write_layers
 
@@ -32,6 +33,11 @@ def keys_and_hidden(model, row, layer, last):
     for hook in hooks:
         hook.remove()
     return seen["key"].double(), seen["hidden"].double()
+
+
+def held_by(recipe):
+    """The identity at every weight."""
+    return lambda name: preconditioner(64, recipe.ridge)
 
 
 def every_key(model, rows, layer):
@@ -61,7 +67,7 @@ def test_write_equals_the_method(make_model, tokenizer, columns, bystanders):
     wanted = torch.stack([keys_and_hidden(plain, row, LAYERS[0], LAYERS[-1])[1] for row in rows]).float()
     others = bystander_rows((*IMO, *MARTEAU), tokenizer, bystanders) if bystanders else []
     protect = {layer: every_key(plain, others, layer) for layer in LAYERS} if others else {}
-    factors = write_layers(decoder, rows, owner, wanted, delta, recipe, others).factors
+    factors = write_layers(decoder, rows, owner, wanted, delta, recipe, held_by(recipe), others).factors
 
     z = wanted.double() + delta.double()[torch.tensor(owner)]
     for i, layer in enumerate(LAYERS):
@@ -69,7 +75,7 @@ def test_write_equals_the_method(make_model, tokenizer, columns, bystanders):
         K, R = torch.stack(keys).T, ((z - torch.stack(hidden)) / (len(LAYERS) - i)).T
         if columns == "mean":
             groups = [[r for r, s in enumerate(owner) if s == wanted] for wanted in range(2)]
-            K, R = (torch.stack([X[:, g].mean(1) for g in groups], 1) for X in (K, R))
+            K, R = torch.stack([K[:, g].mean(1) for g in groups], 1), R[:, [g[0] for g in groups]]
         C = 0.3 * torch.eye(len(K), dtype=torch.float64)
         if protect:
             C += protect[layer] @ protect[layer].T
@@ -90,7 +96,7 @@ def test_rows_that_begin_alike_are_one_column(make_model, tokenizer):
     rows = subject_rows(decoder, tokenizer, group_by_subject(ALIKE)[0], recipe).facts
     distinct = len({row.tokens[: row.last + 1] for row in rows})
     assert distinct < len(rows)
-    factors = write_layers(decoder, rows, [0] * len(rows), torch.randn(len(rows), 32), torch.randn(1, 32), recipe).factors
+    factors = write_layers(decoder, rows, [0] * len(rows), torch.randn(len(rows), 32), torch.randn(1, 32), recipe, held_by(recipe)).factors
     assert {U.shape[1] for U, _ in factors.values()} == {distinct}
 
 
@@ -105,7 +111,7 @@ def test_protected_texts_move_less(make_model, tokenizer):
         others = bystander_rows(IMO, tokenizer, 3)
         Kp = every_key(model, others, LAYERS[0])
         torch.manual_seed(1)
-        arguments = (rows, [0] * len(rows), torch.randn(len(rows), 32), torch.randn(1, 32), recipe)
+        arguments = (rows, [0] * len(rows), torch.randn(len(rows), 32), torch.randn(1, 32), recipe, held_by(recipe))
         [(U, V)] = write_layers(decoder, *arguments, others if protected else ()).factors.values()
         felt[protected] = float((U.double() @ (V.double() @ Kp)).norm())
     assert felt[True] < 0.5 * felt[False]

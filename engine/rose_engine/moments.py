@@ -1,0 +1,123 @@
+"""Second moments of keys, E[k k^T] over a corpus: what MEMIT's covariance and AlphaEdit's null space are made of.
+
+The corpus is a text file, a Hugging Face data set, or text that the model says itself, so that none has to be downloaded. Texts
+are streamed; of each only its first tokens are read. Moments are kept in the cache directory under the fingerprint of the
+unedited weights and of the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rose_engine.architecture import Decoder
+from rose_engine.files import replacing
+from rose_engine.forward import run_tree, tree_on
+from rose_engine.sample import sample_texts
+from rose_engine.write import reading
+from rose_kernels.cache import cache_dir
+
+MODEL = "model"
+DATASET = "hf:"
+# Tokens of a text that are read, and tokens that are run at one time.
+TEXT_TOKENS = 256
+RUN_TOKENS = 2048
+
+
+def texts_of(corpus: str) -> Iterator[str]:
+    """The texts of a corpus, one after the other.
+
+    corpus: the path of a UTF-8 text file, a text a line, or `hf:NAME[:CONFIG[:SPLIT]]`, a Hugging Face data set whose field `text` is
+    read as a stream. OSError or ValueError, with what is wrong, where it cannot be read.
+    """
+    if not corpus.startswith(DATASET):
+        with open(corpus, encoding="utf-8") as f:
+            yield from (line for line in f if line.strip())
+        return
+    try:
+        from datasets import load_dataset
+    except ImportError as e:
+        raise ValueError(f"the corpus {corpus!r} needs the package datasets: pip install datasets") from e
+    name, config, split, *_ = [*corpus.removeprefix(DATASET).split(":"), "", ""]
+    for record in load_dataset(name, config or None, split=split or "train", streaming=True):
+        if "text" not in record:
+            raise ValueError(f"the corpus {corpus!r} has no field `text`; it has {', '.join(record)}")
+        yield record["text"]
+
+
+def tokenized(tokenizer: Any, texts: Iterable[str], tokens: int) -> Iterator[list[int]]:
+    """Texts as tokens, `TEXT_TOKENS` of each at most, `tokens` in all."""
+    for text in texts:
+        if tokens <= 0:
+            return
+        ids = tokenizer(text, truncation=True, max_length=min(TEXT_TOKENS, tokens))["input_ids"]
+        tokens -= len(ids)
+        if ids:
+            yield ids
+
+
+@torch.no_grad()
+def second_moments(decoder: Decoder, texts: Iterable[Sequence[int]], layers: Sequence[int]) -> dict[str, Tensor]:
+    """E[k k^T] [d_in, d_in] float64 of each edited weight, on the model's device, over every token of texts.
+
+    ValueError where there is none.
+    """
+    sums: dict[int, Tensor] = {}
+    count = 0
+    for run in _runs(texts):
+        tree = tree_on(run, decoder.embedding.weight.device)
+        uses = torch.bincount(torch.tensor([node for path in tree.path for node in path], device=tree.token.device))
+        with reading(decoder, layers) as keys:
+            run_tree(decoder, tree, range(layers[-1] + 1))
+        count += int(uses.sum())
+        for layer in layers:
+            k = keys[layer].double()
+            total = (k * uses[:, None]).T @ k
+            sums[layer] = sums[layer] + total if layer in sums else total
+    if not count:
+        raise ValueError("the corpus has no text")
+    return {decoder.weight_name(layer): total / count for layer, total in sums.items()}
+
+
+def _runs(texts: Iterable[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    run: list[Sequence[int]] = []
+    for text in texts:
+        if run and sum(map(len, run)) + len(text) > RUN_TOKENS:
+            yield run
+            run = []
+        run.append(text)
+    if run:
+        yield run
+
+
+def moments(
+    decoder: Decoder, tokenizer: Any, base: Sequence[dict[str, Any]], layers: Sequence[int], corpus: str, tokens: int, seed: int
+) -> dict[str, Tensor]:
+    """`second_moments` of the model as it is, from the cache where they were computed before.
+
+    base: the fingerprint records of the unedited weights of these layers. seed: for text sampled from the model.
+    """
+    source = corpus
+    if corpus != MODEL and not corpus.startswith(DATASET):
+        with open(corpus, "rb") as f:
+            source = hashlib.file_digest(f, "sha256").hexdigest()
+    about = {"base": list(base), "corpus": source, "tokens": tokens, "seed": seed if corpus == MODEL else None}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    path = cache_dir() / "moments" / f"{digest}.safetensors"
+    device = decoder.embedding.weight.device
+    if path.exists():
+        return load_file(path, device=str(device))
+    if corpus == MODEL:
+        texts: Iterable[Sequence[int]] = sample_texts(decoder.model, tokenizer, tokens, seed)
+    else:
+        texts = tokenized(tokenizer, texts_of(corpus), tokens)
+    found = second_moments(decoder, texts, layers)
+    with replacing(path) as temporary:
+        save_file({name: moment.cpu().contiguous() for name, moment in found.items()}, temporary)
+    return found

@@ -1,0 +1,55 @@
+"""Text that the model says by itself: what its second moments may be taken over, and the prefixes of MEMIT's prompts.
+
+Nothing is downloaded and the same seed gives the same text on the same machine and dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+# What sampled texts begin with; common first words, so that what follows is of many kinds.
+OPENINGS = ("The", "In", "A", "It", "He", "She", "This", "When", "One", "During", "There", "We", "If", "On", "At", "For", "What", "\n")
+# Meng et al. 2023: MEMIT's prefixes begin with these words.
+PREFIX_OPENINGS = ("The", "Therefore", "Because", "I", "You")
+# Tokens of a sampled text, of a prefix, and texts that are sampled at one time.
+TEXT_TOKENS = 192
+PREFIX_TOKENS = 10
+TEXTS_AT_ONCE = 90
+
+
+@torch.no_grad()
+def _sampled(model: PreTrainedModel, tokenizer: Any, openings: list[str], tokens: int, seed: int, **options: Any) -> list[list[int]]:
+    """A continuation of each opening, as tokens with it, cut at the end of the text."""
+    opened = [tokenizer(opening)["input_ids"] for opening in openings]
+    width = max(map(len, opened))
+    end = tokenizer.eos_token_id
+    pad = end if end is not None else tokenizer.pad_token_id
+    on = lambda rows: torch.tensor(rows, device=model.device)  # noqa: E731
+    ids, mask = on([[pad] * (width - len(o)) + o for o in opened]), on([[0] * (width - len(o)) + [1] * len(o) for o in opened])
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        said = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, temperature=1.0, pad_token_id=pad, **options
+        )
+    texts = [o + row for o, row in zip(opened, said[:, width:].tolist(), strict=True)]
+    return [text[: text.index(end, len(o))] if end in text[len(o) :] else text for o, text in zip(opened, texts, strict=True)]
+
+
+def sample_texts(model: PreTrainedModel, tokenizer: Any, tokens: int, seed: int = 0) -> list[list[int]]:
+    """At least `tokens` tokens of text, each text at most `TEXT_TOKENS` long, drawn from the model's own distribution."""
+    texts: list[list[int]] = []
+    while (missing := tokens - sum(map(len, texts))) > 0:
+        count = min(TEXTS_AT_ONCE, -(-missing // (TEXT_TOKENS // 2)))
+        openings = [OPENINGS[i % len(OPENINGS)] for i in range(len(texts), len(texts) + count)]
+        # The seed changes with every round, else each round would say the same again.
+        texts += _sampled(model, tokenizer, openings, TEXT_TOKENS, seed + len(texts), top_k=0, top_p=1.0)
+    return texts
+
+
+def sample_prefixes(model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> tuple[str, ...]:
+    """A sentence of about ten tokens for each of MEMIT's openings, ended by a full stop and a space."""
+    said = _sampled(model, tokenizer, list(PREFIX_OPENINGS), PREFIX_TOKENS, seed, top_k=5)
+    return tuple(f"{tokenizer.decode(text, skip_special_tokens=True).strip()}. " for text in said)
