@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,3 +102,10 @@ def normalise(text: str) -> str:
 def contains(text: str, answer: str) -> bool:
     """Whether the normalised answer stands in the normalised text, as whole words."""
     return f" {normalise(answer)} " in f" {normalise(text)} "
+
+
+def token_f1(said: str, wanted: str) -> float:
+    """F1 of the normalised words of an answer and of the reference, 0 to 1 (the paper's Appendix D.2)."""
+    a, b = normalise(said).split(), normalise(wanted).split()
+    common = (Counter(a) & Counter(b)).total()
+    return 2 * common / (len(a) + len(b)) if common else 0.0

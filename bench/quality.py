@@ -10,13 +10,14 @@ the unedited model's.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
-from rose_engine import ROSE, Editor, Recipe
+from rose_engine import Editor
 
-from bench.datasets.s2rke import Dataset, SubjectCases
+from bench.datasets.cases import Dataset, SubjectCases
+from bench.methods import Method, edited, methods_of
 from bench.metrics import Outcome, Probe, chat_probe, contains, generate, plain_probe, teacher_forced
 from bench.output import emit
 from bench.subjects import note, opened, parser_of
@@ -47,8 +48,16 @@ def read(editor: Editor, probes: dict[str, list[Probe]]) -> dict[str, list[Outco
     return {metric: [next(outcomes) for _ in group] for metric, group in probes.items()}
 
 
-def score(editor: Editor, probes: dict[str, list[Probe]], unedited: dict[str, list[Outcome]]) -> dict[str, list[float]]:
-    """Every metric's values, one a probe, of the model as it is now."""
+@dataclass(frozen=True)
+class Scores:
+    """values: of every metric, one a probe. answers: to the instructed questions, as generated."""
+
+    values: dict[str, list[float]]
+    answers: list[str]
+
+
+def score(editor: Editor, probes: dict[str, list[Probe]], unedited: dict[str, list[Outcome]]) -> Scores:
+    """Every metric of the model as it is now."""
     now = read(editor, probes)
     values = {metric: [o.success for o in now[metric]] for metric in ("efficacy", "paraphrase", "instructed")}
     asked = probes["instructed"]
@@ -56,29 +65,25 @@ def score(editor: Editor, probes: dict[str, list[Probe]], unedited: dict[str, li
     values["instructed_generated"] = [float(contains(said, p.answer)) for said, p in zip(answers, asked, strict=True)]
     for metric in ("locality", "locality_instructed"):
         values[metric] = [float(a.said == b.said) for a, b in zip(now[metric], unedited[metric], strict=True)]
-    return values
+    return Scores(values, answers)
 
 
 def evaluate(
-    editor: Editor, data: Dataset, recipes: dict[str, Recipe | None], note: Callable[[str], None] = lambda line: None
+    editor: Editor, data: Dataset, methods: dict[str, Method], note: Callable[[str], None] = lambda line: None
 ) -> dict[str, dict[str, list[float]]]:
-    """recipe -> metric -> one mean a subject. A recipe None leaves the model as it is."""
-    results: dict[str, dict[str, list[float]]] = {name: {metric: [] for metric in METRICS} for name in recipes}
+    """method -> metric -> one mean a subject."""
+    results: dict[str, dict[str, list[float]]] = {name: {metric: [] for metric in METRICS} for name in methods}
     for number, subject in enumerate(data.subjects, 1):
         probes = probes_of(editor.tokenizer, subject, data)
         unedited = read(editor, probes)
-        for name, recipe in recipes.items():
-            began = time.perf_counter()
-            result = editor.apply([case.edit for case in subject.cases], recipe=recipe, verify=False) if recipe else None
-            took = time.perf_counter() - began
-            values = score(editor, probes, unedited)
-            if result:
-                editor.revert(result)
+        for name, method in methods.items():
+            with edited(editor, method, [subject.edits], 0) as cost:
+                values = score(editor, probes, unedited).values
             means = {metric: fmean(values[metric]) for metric in METRICS if values[metric]}
             for metric, mean in means.items():  # a subject without probes of a metric does not count there
                 results[name][metric].append(mean)
             shown = " ".join(f"{metric} {100 * mean:.0f}" for metric, mean in means.items())
-            note(f"{number}/{len(data.subjects)} {name}: {shown}, {took:.1f} s")
+            note(f"{number}/{len(data.subjects)} {name}: {shown}, {cost['seconds']:.1f} s")
     return results
 
 
@@ -89,21 +94,12 @@ def percent(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, f
     }
 
 
-def recipes_of(names: str, editor: Editor) -> dict[str, Recipe | None]:
-    """The recipes of a comma-separated list: `vanilla` (no edit), `rose` (the model's preset), `rose_paper` (the paper's settings)."""
-    known = {"vanilla": None, "rose": editor.recipe, "rose_paper": ROSE}
-    unknown = [name for name in names.split(",") if name not in known]
-    if unknown:
-        raise SystemExit(f"unknown recipe {unknown[0]!r}; known are {', '.join(known)}")
-    return {name: known[name] for name in names.split(",")}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("bench.quality", __doc__, count="subjects", default=20)
-    parser.add_argument("--recipes", default="vanilla,rose", help="vanilla, rose, rose_paper; separated by commas")
+    parser.add_argument("--recipes", default="vanilla,rose", help="methods by name (`bench.methods`), separated by commas")
     args = parser.parse_args(argv)
     editor, data = opened(args)
-    table = percent(evaluate(editor, data, recipes_of(args.recipes, editor), note))
+    table = percent(evaluate(editor, data, methods_of(args.recipes, editor), note))
     lines = [f"{'':12s}" + "".join(f"{metric:>22s}" for metric in METRICS)]
     lines += [f"{name:12s}" + "".join(f"{metrics.get(m, float('nan')):22.1f}" for m in METRICS) for name, metrics in table.items()]
     emit(table, args.json, "\n".join(lines))

@@ -17,7 +17,7 @@ from statistics import fmean
 
 from rose_engine import Editor, Recipe
 
-from bench.datasets.s2rke import Dataset, SubjectCases
+from bench.datasets.cases import Dataset, SubjectCases
 from bench.metrics import Outcome, Probe
 from bench.output import emit
 from bench.quality import probes_of, read

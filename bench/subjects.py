@@ -7,7 +7,8 @@ import sys
 
 from rose_engine import Editor
 
-from bench.datasets.s2rke import Dataset, load
+from bench.datasets import load
+from bench.datasets.cases import Dataset
 from bench.output import add_json
 
 

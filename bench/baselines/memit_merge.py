@@ -1,8 +1,8 @@
-"""MEMIT-Merge: MEMIT (Meng et al. 2023) with one value for all facts of a subject (Dong et al. 2025), in plain PyTorch.
+"""MEMIT (Meng et al. 2023) and MEMIT-Merge (Dong et al. 2025), which shares one value among a subject's facts, in plain PyTorch.
 
-For each subject one value is optimised over its facts, each in the edit's prompt alone and after sampled context prefixes; keys are
-averages over the same rows; every edited layer gets dW = R K^T (lambda C + K K^T)^-1 with C = E[k k^T] over a corpus and the d_in x d_in
-system solved in float64. Kept as it is published: no part of it is slowed down, none is tuned.
+For each fact, or subject, one value is optimised over the edit's prompt alone and after sampled context prefixes; its key is the average
+over the same rows, its residual is read at the bare prompt; every edited layer gets dW = R K^T (lambda C + K K^T)^-1 with C = E[k k^T] over
+a corpus and the d_in x d_in system solved in float64. Kept as it is published: no part of it is slowed down, none is tuned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ OPENINGS = ("The", "Therefore", "Because", "I", "You")  # MEMIT samples its cont
 
 @dataclass(frozen=True)
 class Settings:
-    """The paper's settings (Appendix D.3) for the shared fields; covariance_weight is MEMIT's lambda."""
+    """The paper's settings (Appendix D.3) for the shared fields; covariance_weight is MEMIT's lambda. merge: one value a subject, as in
+    MEMIT-Merge; False: one a fact, as in MEMIT."""
 
     layers: tuple[int, ...] = (4, 5, 6, 7, 8)
     steps: int = 35
@@ -33,6 +34,7 @@ class Settings:
     stop_loss: float = 0.0
     covariance_weight: float = 15_000.0
     context_tokens: int = 10
+    merge: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,34 +99,51 @@ def rows_of(tokenizer, subject: str, edits: Sequence, prefixes: Sequence[str]) -
     return rows
 
 
+def groups_of(tokenizer, edits: Sequence, prefixes: Sequence[str], merge: bool) -> list[list[TextRow]]:
+    """The rows of every value: of a subject's facts where they are merged, else of a fact."""
+    facts = defaultdict(list)
+    for number, fact in enumerate(edits):
+        facts[fact.subject if merge else number].append(fact)
+    return [rows_of(tokenizer, group[0].subject, group, prefixes) for group in facts.values()]
+
+
+def values_of(model, tokenizer, edits: Sequence, groups: Sequence[Sequence[TextRow]], settings: Settings) -> list[Optimised]:
+    """The optimised value of every group; `edits` in the order of the groups name the subjects."""
+    names = list(dict.fromkeys(fact.subject for fact in edits)) if settings.merge else [fact.subject for fact in edits]
+    common = {name: getattr(settings, name) for name in ("steps", "lr", "weight_decay", "kl", "clamp", "stop_loss")}
+    values = []
+    for subject, rows in zip(names, groups, strict=True):
+        objective = Objective((*rows, text_row(tokenizer, "", subject, " is a")), (*[1 / len(rows)] * len(rows), 0.0), len(rows))
+        values.append(optimise(model, objective, settings.layers[-1], **common))
+    return values
+
+
+def keys_and_residuals(model, groups: Sequence[Sequence[TextRow]], z: Tensor, layer: int, last: int, left: int) -> tuple[Tensor, Tensor]:
+    """K [d_in, S]: mean keys at `layer`; R [d, S]: what z [S, d] misses at the bare prompts, over the `left` layers to come; float64."""
+    read_rows = [read(model, rows, layer, last) for rows in groups]
+    K = torch.stack([keys.mean(0) for keys, _ in read_rows], 1).double()
+    return K, ((z - torch.stack([hidden[0] for _, hidden in read_rows])) / left).T.double()
+
+
 @torch.no_grad()
-def write(model, rows: Sequence[Sequence[TextRow]], z: Tensor, C: dict[int, Tensor], settings: Settings) -> None:
-    """dW = R K^T (lambda C + K K^T)^-1, layer by layer; rows: of each subject; z [S, d]."""
-    last = settings.layers[-1]
+def write(model, groups: Sequence[Sequence[TextRow]], z: Tensor, C: dict[int, Tensor], settings: Settings) -> None:
+    """dW = R K^T (lambda C + K K^T)^-1, layer by layer; groups: the rows of each value; z [S, d]."""
     for i, layer in enumerate(settings.layers):
-        read_rows = [read(model, group, layer, last) for group in rows]
-        K = torch.stack([keys.mean(0) for keys, _ in read_rows], 1).double()
-        R = ((z - torch.stack([hidden.mean(0) for _, hidden in read_rows])) / (len(settings.layers) - i)).T.double()
+        K, R = keys_and_residuals(model, groups, z, layer, settings.layers[-1], len(settings.layers) - i)
         adjusted = torch.linalg.solve(settings.covariance_weight * C[layer] + K @ K.T, K)
         weight = model.model.layers[layer].mlp.down_proj.weight
         weight += (R @ adjusted.T).to(weight.dtype)
 
 
-def edit(model, tokenizer, edits: Sequence, C: dict[int, Tensor], settings: Settings = Settings()) -> Edited:
-    """Write edits into the model in place; C as `covariance` gives it."""
+def edit(
+    model, tokenizer, edits: Sequence, C: dict[int, Tensor], settings: Settings = Settings(), prefixes: Sequence[str] | None = None
+) -> Edited:
+    """Write edits into the model in place; C as `covariance` gives it, prefixes as `contexts` does, which is asked where they are None."""
     clock = time.perf_counter
     began = clock()
-    prefixes = contexts(model, tokenizer, settings)
-    facts = defaultdict(list)
-    for fact in edits:
-        facts[fact.subject].append(fact)
-    rows = [rows_of(tokenizer, subject, group, prefixes) for subject, group in facts.items()]
+    groups = groups_of(tokenizer, edits, prefixes or contexts(model, tokenizer, settings), settings.merge)
     prepared = clock()
-    values = []
-    for subject, group in zip(facts, rows, strict=True):
-        objective = Objective((*group, text_row(tokenizer, "", subject, " is a")), (*[1 / len(group)] * len(group), 0.0), len(group))
-        common = {name: getattr(settings, name) for name in ("steps", "lr", "weight_decay", "kl", "clamp", "stop_loss")}
-        values.append(optimise(model, objective, settings.layers[-1], **common))
+    values = values_of(model, tokenizer, edits, groups, settings)
     optimised = clock()
-    write(model, rows, torch.stack([value.z for value in values]), C, settings)
+    write(model, groups, torch.stack([value.z for value in values]), C, settings)
     return Edited({"prepare": prepared - began, "optimise": optimised - prepared, "write": clock() - optimised}, values)

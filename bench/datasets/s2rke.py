@@ -6,49 +6,15 @@ A file holds `records`, one a subject, and `instruct_templates`, pairs of a syst
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from rose_engine.edits import Edit
 
-
-class DataError(ValueError):
-    """A data file that cannot be used; the message names file and record."""
+from bench.datasets.cases import Case, DataError, Dataset, SubjectCases
 
 
-@dataclass(frozen=True)
-class Case:
-    """A fact to edit and what it is evaluated with. Neighbours are (prompt about another subject, its true answer)."""
-
-    edit: Edit
-    paraphrases: tuple[str, ...]
-    questions: tuple[str, ...]
-    neighbours: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class SubjectCases:
-    """A subject and its facts."""
-
-    name: str
-    cases: tuple[Case, ...]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """subjects, and the instructions in which questions are asked: (system message, text before and after the question)."""
-
-    subjects: tuple[SubjectCases, ...]
-    instructions: tuple[tuple[str, str, str], ...]
-
-
-def load(path: str | Path, limit: int | None = None) -> Dataset:
-    """Read a file of this schema. DataError names the record that does not fit; OSError where it cannot be read."""
-    try:
-        data = json.loads(Path(path).read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: is not JSON: {e}") from e
+def from_json(data: object, path: str | Path, limit: int | None = None) -> Dataset:
+    """Read what a file of this schema holds; `path` stands in the messages. DataError names the record that does not fit."""
     if not isinstance(data, dict) or not isinstance(data.get("records"), list) or not isinstance(data.get("instruct_templates"), list):
         raise DataError(f"{path}: must be an object with the lists `records` and `instruct_templates`")
     instructions = []

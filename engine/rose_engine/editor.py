@@ -310,8 +310,7 @@ class Editor:
             applied = self._applied
             self._rewrite([])
             try:
-                base = [self._base_record[name] for name in self.weights(recipe.layers)]
-                found = moments(self.decoder, self.tokenizer, base, recipe.layers, recipe.corpus, recipe.corpus_tokens, recipe.seed)
+                found = moments(self.decoder, self.tokenizer, recipe.layers, recipe.corpus, recipe.corpus_tokens, recipe.seed)
             finally:
                 self._rewrite(applied)
             self._bases[about] = {name: make(moment, *scale) for name, moment in found.items()}

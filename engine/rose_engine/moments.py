@@ -1,8 +1,8 @@
 """Second moments of keys, E[k k^T] over a corpus: what MEMIT's covariance and AlphaEdit's null space are made of.
 
 The corpus is a text file, a Hugging Face data set, or text that the model says itself, so that none has to be downloaded. Texts
-are streamed; of each only its first tokens are read. Moments are kept in the cache directory under the fingerprint of the
-unedited weights and of the corpus.
+are streamed; of each only its first tokens are read. Moments are kept in the cache directory under the fingerprints of the
+whole model and of the corpus.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rose_engine.architecture import Decoder
+from rose_engine.delta import tensor_bytes
 from rose_engine.files import replacing
 from rose_engine.forward import run_tree, tree_on
 from rose_engine.sample import sample_texts
@@ -96,28 +98,40 @@ def _runs(texts: Iterable[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         yield run
 
 
-def moments(
-    decoder: Decoder, tokenizer: Any, base: Sequence[dict[str, Any]], layers: Sequence[int], corpus: str, tokens: int, seed: int
-) -> dict[str, Tensor]:
-    """`second_moments` of the model as it is, from the cache where they were computed before.
+def moments(decoder: Decoder, tokenizer: Any, layers: Sequence[int], corpus: str, tokens: int, seed: int) -> dict[str, Tensor]:
+    """`second_moments` of the model as it is, each weight's from the cache where it was computed before.
 
-    base: the fingerprint records of the unedited weights of these layers. seed: for text sampled from the model.
+    seed: for text sampled from the model.
     """
-    source = corpus
-    if corpus != MODEL and not corpus.startswith(DATASET):
-        with open(corpus, "rb") as f:
-            source = hashlib.file_digest(f, "sha256").hexdigest()
-    about = {"base": list(base), "corpus": source, "tokens": tokens, "seed": seed if corpus == MODEL else None}
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-    path = cache_dir() / "moments" / f"{digest}.safetensors"
+    about = {"model": _fingerprint(decoder.model), "corpus": _source(corpus), "tokens": tokens, "seed": seed if corpus == MODEL else None}
     device = decoder.embedding.weight.device
-    if path.exists():
-        return load_file(path, device=str(device))
-    if corpus == MODEL:
-        texts: Iterable[Sequence[int]] = sample_texts(decoder.model, tokenizer, tokens, seed)
-    else:
-        texts = tokenized(tokenizer, texts_of(corpus), tokens)
-    found = second_moments(decoder, texts, layers)
-    with replacing(path) as temporary:
-        save_file({name: moment.cpu().contiguous() for name, moment in found.items()}, temporary)
-    return found
+    paths = {}
+    for layer in layers:
+        digest = hashlib.sha256(json.dumps(about | {"weight": decoder.weight_name(layer)}, sort_keys=True).encode()).hexdigest()
+        paths[decoder.weight_name(layer)] = cache_dir() / "moments" / f"{digest[:32]}.safetensors"
+    if not all(path.exists() for path in paths.values()):
+        if corpus == MODEL:
+            texts: Iterable[Sequence[int]] = sample_texts(decoder.model, tokenizer, tokens, seed)
+        else:
+            texts = tokenized(tokenizer, texts_of(corpus), tokens)
+        for name, moment in second_moments(decoder, texts, layers).items():
+            with replacing(paths[name]) as temporary:
+                save_file({"moment": moment.cpu().contiguous()}, temporary)
+    return {name: load_file(path, device=str(device))["moment"] for name, path in paths.items()}
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """The SHA-256 of the names and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"\n{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        digest.update(tensor_bytes(weight))
+    return digest.hexdigest()
+
+
+def _source(corpus: str) -> str:
+    """What identifies a corpus: its name, or the SHA-256 of a file."""
+    if corpus == MODEL or corpus.startswith(DATASET):
+        return corpus
+    with open(corpus, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -7,7 +7,9 @@ import pytest
 import torch
 from rose_engine import ROSE, EditError, Editor
 
-from bench.datasets.s2rke import DataError, load
+from bench.datasets import load
+from bench.datasets.cases import DataError
+from bench.methods import methods_of
 from bench.metrics import Probe, contains, generate, normalise, plain_probe, teacher_forced
 from bench.quality import METRICS, evaluate, percent
 
@@ -85,7 +87,7 @@ def test_answers_are_compared_normalised():
 def test_evaluation_edits_and_restores(path, make_model, tokenizer):
     editor = Editor(make_model(initializer_range=0.2), tokenizer, replace(ROSE, layers=(1, 2), steps=8, lr=0.5))
     before = [w.clone() for w in editor.weights().values()]
-    results = evaluate(editor, load(path), {"vanilla": None, "rose": editor.recipe})
+    results = evaluate(editor, load(path), methods_of("vanilla,rose", editor))
     table = percent(results)
     assert set(table) == {"vanilla", "rose"} and set(table["rose"]) == set(METRICS)
     assert table["vanilla"]["locality"] == table["vanilla"]["locality_instructed"] == 100.0

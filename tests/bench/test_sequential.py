@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from rose_engine import ROSE, Editor
 
-from bench.datasets.s2rke import load
+from bench.datasets import load
 from bench.sequential import METRICS, evaluate, sequence, table_of
 from tests.bench.test_quality import FILE, RECORD
 

@@ -62,19 +62,22 @@ def test_samples_repeat_with_their_seed(make_model, tokenizer):
 
 
 def test_moments_are_kept_by_base_and_corpus(make_model, tokenizer, tmp_path, cache):
-    editor = Editor(make_model(initializer_range=0.2), tokenizer)
+    editor = Editor(make_model(initializer_range=0.2), tokenizer, replace(ROSE, layers=LAYERS, steps=1))
     (tmp_path / "c.txt").write_text("It rains. " * 50)
-    editor._keep_base(LAYERS)
-    base = list(editor._base_record.values())
-    ask = lambda *about: moments(editor.decoder, tokenizer, base, LAYERS, *about)  # noqa: E731
+    ask = lambda *about, layers=LAYERS: moments(editor.decoder, tokenizer, layers, *about)  # noqa: E731
     first = ask(str(tmp_path / "c.txt"), 100, 0)
-    [kept] = cache.iterdir()
-    stamp = kept.stat().st_mtime_ns
+    kept = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
     again = ask(str(tmp_path / "c.txt"), 100, 5)  # the seed is the sampled text's alone
-    assert kept.stat().st_mtime_ns == stamp and all(torch.equal(first[name], again[name]) for name in first)
+    assert ask(str(tmp_path / "c.txt"), 100, 0, layers=(2,)).keys() < first.keys()
+    assert {file: file.stat().st_mtime_ns for file in cache.iterdir()} == kept and all(
+        torch.equal(first[name], again[name]) for name in first
+    )
     (tmp_path / "c.txt").write_text("It snows. " * 50)
     assert not torch.equal(next(iter(ask(str(tmp_path / "c.txt"), 100, 0).values())), next(iter(first.values())))
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 4
+    editor.apply(LIN, verify=False)
+    ask(str(tmp_path / "c.txt"), 100, 0)  # another model
+    assert len(list(cache.iterdir())) == 6
 
 
 @pytest.mark.parametrize("recipe", [MEMIT, MEMIT_MERGE, ALPHAEDIT, ROME], ids=lambda recipe: recipe.name)
@@ -91,7 +94,7 @@ def test_published_methods_are_recipes(make_model, tokenizer, cache, recipe):
     fresh = Editor(make_model(initializer_range=0.2), tokenizer, recipe)
     second, alone = editor.apply(IMO, verify=False), fresh.apply(IMO, verify=False)
     assert len(second.delta.columns) == (3 if recipe.grouping == "fact" else 1) and second.loss != alone.loss
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.iterdir())) == len(layers)
     editor.revert(first)
     editor.revert(second)
     assert same(before, bits(editor))

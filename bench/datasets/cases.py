@@ -1,0 +1,64 @@
+"""What every data set is read into: subjects, the facts to edit, and what each is evaluated with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rose_engine.edits import Edit
+
+# The wrappers in which questions are asked where a data set brings none: (system message, text before and after the question).
+INSTRUCTIONS = (
+    ("Your job is to answer the question. Do not explain.", "Query:\nAnswer the following question in a few words.\nQuestion: ", ""),
+    ("You are a helpful assistant.", "Please answer the following question with an exact answer.\nQuestion: ", ""),
+)
+
+
+class DataError(ValueError):
+    """A data file that cannot be used; the message names file and record."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fact to edit and what it is evaluated with. Neighbours are (prompt about another subject, its true answer)."""
+
+    edit: Edit
+    paraphrases: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
+    neighbours: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class SubjectCases:
+    """A subject and its facts."""
+
+    name: str
+    cases: tuple[Case, ...]
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The facts alone."""
+        return [case.edit for case in self.cases]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """subjects, and the instructions in which questions are asked: (system message, text before and after the question)."""
+
+    subjects: tuple[SubjectCases, ...]
+    instructions: tuple[tuple[str, str, str], ...] = INSTRUCTIONS
+
+
+def grouped(cases: list[Case]) -> tuple[SubjectCases, ...]:
+    """Cases by their subject, in order of first appearance; facts that say the same of one prompt once."""
+    facts: dict[str, dict[str, Case]] = {}
+    for case in cases:
+        facts.setdefault(case.edit.subject, {}).setdefault(case.edit.prompt.strip(), case)
+    return tuple(SubjectCases(name, tuple(some.values())) for name, some in facts.items())
+
+
+def slot(prompt: str, subject: str) -> str:
+    """A prompt with `{}` in the place where it last names the subject. DataError where it does not."""
+    before, found, after = prompt.rpartition(subject)
+    if not found:
+        raise DataError(f"the prompt {prompt!r} does not name its subject {subject!r}")
+    return f"{before}{{}}{after}"
