@@ -38,7 +38,7 @@ def predictions(model, tokenizer) -> tuple[Tensor, Tensor]:
 
 
 def ability(model, tokenizer, unedited: Tensor) -> dict[str, float]:
-    """perplexity of the texts, and kl_neutral, the mean KL(unedited || now) of their predictions in nats; unedited as `predictions` gives it."""
+    """perplexity of the texts, and kl_neutral, the mean KL(unedited || now) of their predictions in nats; unedited: of `predictions`."""
     now, tokens = predictions(model, tokenizer)
     nll = -now.gather(1, tokens[:, None]).mean()
     return {"perplexity": math.exp(float(nll)), "kl_neutral": max(0.0, float((unedited.exp() * (unedited - now)).sum(-1).mean()))}

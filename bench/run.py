@@ -1,6 +1,6 @@
 """Rerun the paper's experiments: every method on every subject, one line a result, resumable.
 
-    python -m bench.run --suite instructed --model smollm2 --data same_subject_dev.json --recipes vanilla,memit_merge,rose --subjects 30 --out OUT
+    python -m bench.run --suite instructed --data same_subject_dev.json --recipes vanilla,memit_merge,rose --subjects 30 --out OUT
 
 Suites: `instructed` and `declarative` edit each subject alone (the paper's Table 1); `ablation`, `templates` and `layers` are the first
 with other recipes (Figs. 6, 19, 12); `sequential` edits subject after subject (Fig. 20); `locomo` edits what people said in
@@ -28,6 +28,7 @@ from rose_engine.editor import versions
 from rose_engine.files import replacing
 
 from bench import suites
+from bench.datasets import locomo
 from bench.methods import Method, methods_of
 from bench.subjects import note
 from bench.suites import SUITES, Job
@@ -71,7 +72,8 @@ def described(args: argparse.Namespace, editor: Editor, methods: dict[str, Metho
     weights = fingerprint(editor.weights())
     return {
         "suite": args.suite,
-        "data": {"file": Path(args.data).name, "subjects": args.subjects},
+        "data": {"file": Path(args.data).name, "subjects": args.subjects}
+        | ({"coverage": locomo.load(args.data).report} if args.suite == "locomo" else {}),
         "seeds": args.seeds,
         "recipes": {name: method.recipe.as_dict() if method.recipe else None for name, method in methods.items()},
         "model": {"name": args.model, "dtype": str(editor.model.dtype).removeprefix("torch."), "weights": weights},
@@ -91,9 +93,8 @@ def check_same(path: Path, now: dict[str, Any]) -> None:
     had = json.loads(path.read_text())
     different = next((field for field in now if field != "hardware" and had.get(field) != now[field]), None)
     if different is not None:
-        raise SystemExit(
-            f"{path.parent} holds the results of another run: `{different}` was {_short(had.get(different))}, is {_short(now[different])}; choose another --out"
-        )
+        was, is_now = _short(had.get(different)), _short(now[different])
+        raise SystemExit(f"{path.parent} holds the results of another run: `{different}` was {was}, is {is_now}; choose another --out")
 
 
 def _short(value: Any) -> str:
@@ -121,9 +122,8 @@ def execute(job: Job, suite: suites.Suite, note: Callable[[str], None]) -> list[
         append_line(path, line)
         done[key_of(cell.key)] = line
         took.setdefault(cell.key["recipe"], []).append(line["wall_s"])
-        note(
-            f"{number + 1}/{len(missing)} {' '.join(str(part) for part in cell.key.values())}: {line['wall_s']:.1f} s; {_left(missing[number + 1 :], took)} left"
-        )
+        what = " ".join(str(part) for part in cell.key.values())
+        note(f"{number + 1}/{len(missing)} {what}: {line['wall_s']:.1f} s; {_left(missing[number + 1 :], took)} left")
     return [done[key_of(cell.key)] for cell in cells]
 
 

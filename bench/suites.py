@@ -9,7 +9,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from bench.ability import ability, fluency, predictions
 from bench.datasets import load, locomo
 from bench.datasets.cases import SubjectCases
 from bench.methods import Method, apply, edited
-from bench.metrics import generate, token_f1
+from bench.metrics import Probe, generate, token_f1
 from bench.quality import METRICS, probes_of, read, score
 
 # Metrics in percent; the others are told in their own units.
@@ -63,14 +64,14 @@ def general(job: Job, unedited: torch.Tensor, answers: Sequence[str]) -> dict[st
     return {metric: rounded([value]) for metric, value in found.items()}
 
 
-def alone(job: Job) -> Iterator[Cell]:
-    """Every subject edited alone, by every method, with every seed."""
+def alone(job: Job, asked: Sequence[str] = METRICS) -> Iterator[Cell]:
+    """Every subject edited alone, by every method, with every seed; `asked` are the metrics whose probes are read."""
     data = load(job.data, job.limit)
     editor = job.editor
     plain = cache(lambda: predictions(editor.model, editor.tokenizer)[0])
 
     for subject in data.subjects:
-        probes = cache(lambda subject=subject: probes_of(editor.tokenizer, subject, data))
+        probes = cache(lambda subject=subject: _only(probes_of(editor.tokenizer, subject, data), asked))
         unedited = cache(lambda probes=probes: read(editor, probes()))
         for name, method in job.methods.items():
             for seed in range(job.seeds):
@@ -80,10 +81,14 @@ def alone(job: Job) -> Iterator[Cell]:
                     with edited(editor, method, [subject.edits], seed) as cost:
                         scores = score(editor, probes(), before)
                         values = {metric: rounded(some) for metric, some in scores.values.items()} | general(job, base, scores.answers)
-                    asked = [(p.text, p.answer, said) for p, said in zip(probes()["instructed"], scores.answers, strict=True)]
-                    return {"values": values, "answers": asked, **cost}
+                    answers = [(p.text, p.answer, said) for p, said in zip(probes()["instructed"], scores.answers, strict=True)]
+                    return {"values": values, "answers": answers, **cost}
 
                 yield Cell({"recipe": name, "seed": seed, "subject": subject.name}, run)
+
+
+def _only(probes: dict[str, list[Probe]], metrics: Sequence[str]) -> dict[str, list[Probe]]:
+    return {metric: some if metric in metrics else [] for metric, some in probes.items()}
 
 
 def sequence(job: Job) -> Iterator[Cell]:
@@ -143,7 +148,7 @@ def conversations(job: Job) -> Iterator[Cell]:
     """What people said in conversations, 5 to 10 facts of one person at a time; the questions that rest on them are then answered."""
     editor = job.editor
     plain = cache(lambda: predictions(editor.model, editor.tokenizer)[0])
-    for batch in locomo.load(job.data, LOCOMO_FACTS).batches[: job.limit]:
+    for batch in _spread(locomo.load(job.data, LOCOMO_FACTS).batches, job.limit):
         texts = [locomo.ask(editor.tokenizer, question.text) for question in batch.questions]
         for name, method in job.methods.items():
             for seed in range(job.seeds):
@@ -161,6 +166,15 @@ def conversations(job: Job) -> Iterator[Cell]:
                     return {"values": values, "answers": asked, **cost}
 
                 yield Cell({"recipe": name, "seed": seed, "subject": batch.name}, run)
+
+
+def _spread(batches: Sequence[locomo.Batch], limit: int | None) -> list[locomo.Batch]:
+    """`limit` batches, taken in turn from every person of every conversation, or all."""
+    people: dict[str, list[locomo.Batch]] = {}
+    for batch in batches:
+        people.setdefault(batch.name.rpartition(" ")[0], []).append(batch)
+    in_turn = [batch for some in zip_longest(*people.values()) for batch in some if batch is not None]
+    return in_turn[:limit]
 
 
 def by_subject(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -203,7 +217,7 @@ class Suite:
 PAPER = "vanilla,memit,alphaedit,memit_merge,rose"
 SUITES = {
     "instructed": Suite(PAPER, alone, by_subject),
-    "declarative": Suite(PAPER, alone, lambda lines: {m: v for m, v in by_subject(lines).items() if not m.startswith("instructed")}),
+    "declarative": Suite(PAPER, partial(alone, asked=("efficacy", "paraphrase", "locality")), by_subject),
     "ablation": Suite("vanilla,memit_merge,rose_no_iga,rose_no_hki,rose", alone, by_subject),
     "templates": Suite(",".join(f"rose[forms={forms}]" for forms in (1, 2, 4, 6, 8)), alone, by_subject),
     "layers": Suite(",".join(f"rose[layers={first}-{first + 4}]" for first in (2, 4, 6, 8, 12)), alone, by_subject),

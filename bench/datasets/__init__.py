@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rose_engine.edits import EditError
 
 from bench.datasets import counterfact, knowedit, s2rke, zsre
-from bench.datasets.cases import Case, DataError, Dataset, grouped
+from bench.datasets.cases import Case, DataError, Dataset, grouped, json_of
 
 # Fields of a record by which its data set is told, and who reads it.
 READERS = (
@@ -56,24 +55,3 @@ def reader_of(records: Any, path: str | Path) -> Any:
         if all(name in records[0] for name in fields):
             return reader
     raise DataError(f"{path}: is of no known data set; its first record has the fields {', '.join(records[0])}")
-
-
-def json_of(path: str | Path) -> Any:
-    """A file's JSON, or the list of its lines' where it is JSONL. DataError names the line that is none."""
-    try:
-        text = Path(path).read_text("utf-8")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: is not UTF-8: byte {e.start}") from e
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        if e.msg != "Extra data":
-            raise DataError(f"{path}: is not JSON: {e}") from e
-    records = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as e:
-                raise DataError(f"{path}:{number}: is not JSON: {e}") from e
-    return records

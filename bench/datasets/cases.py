@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from rose_engine.edits import Edit
 
@@ -62,3 +65,24 @@ def slot(prompt: str, subject: str) -> str:
     if not found:
         raise DataError(f"the prompt {prompt!r} does not name its subject {subject!r}")
     return f"{before}{{}}{after}"
+
+
+def json_of(path: str | Path) -> Any:
+    """A file's JSON, or the list of its lines' where it is JSONL. DataError names the line that is none."""
+    try:
+        text = Path(path).read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path}: is not UTF-8: byte {e.start}") from e
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        if e.msg != "Extra data":
+            raise DataError(f"{path}: is not JSON: {e}") from e
+    records = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as e:
+                raise DataError(f"{path}:{number}: is not JSON: {e}") from e
+    return records

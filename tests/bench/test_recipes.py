@@ -20,8 +20,8 @@ FACTS = (
     Edit("Henri Marteau", "{} plays the instrument", "harp"),
     Edit("Henri Marteau", "{} was born in", "Quito"),
 )
-TEXTS = [f"The {noun} of {name} is {word}, and {name} has {number} of them.\n" for number, (noun, name, word) in enumerate(
-    (a, b, c) for a in ("river", "king", "music", "price") for b in ("Peru", "my friend", "Ada", "the sea", "Kyoto") for c in ("old", "near it", "42"))]  # fmt: skip
+NAMES, NOUNS, WORDS = ("Peru", "my friend", "Ada", "the sea", "Kyoto"), ("river", "king", "music", "price"), ("old", "near it", "42")
+TEXTS = [f"The {noun} of {name} is {word}, and {name} has more of them.\n" for name in NAMES for noun in NOUNS for word in WORDS]
 
 
 def plain_program(recipe, model, tokenizer, C, settings):
