@@ -11,7 +11,7 @@ DAYS = [name.lower() for name in calendar.day_name]
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _number = rf"(?P<count>{'|'.join(NUMBERS)}|\d+)"
 _in = r"(?:over |in |during )?(?:the )?"
-_day = rf"(?P<day>{'|'.join(DAYS)}|mon|tues?|wed|thurs?|fri|sat|sun)"
+_day = rf"(?P<day>{'|'.join(DAYS)}|(?:mon|tues?|wed|thurs?|fri|sat|sun)\b\.?)"
 
 
 def session_date(text: str) -> date:
@@ -44,8 +44,8 @@ _SAYINGS: tuple[tuple[str, Callable[[re.Match, date], str]], ...] = (
     (r"the day before (?:the|this) conversation|yesterday|last night", lambda m, d: f"on {written(d - timedelta(1))}"),
     (r"(?:on )?the day of the conversation|earlier today|today|tonight|this morning", lambda m, d: f"on {written(d)}"),
     (r"the day after (?:the|this) conversation|tomorrow", lambda m, d: f"on {written(d + timedelta(1))}"),
-    (rf"(?:on |the )?(?:last|past|previous) {_day}\b\.?", lambda m, d: f"on {written(_weekday(d, m['day'], True))}"),
-    (rf"(?:on |the )?(?:next|this|coming) {_day}\b\.?", lambda m, d: f"on {written(_weekday(d, m['day'], False))}"),
+    (rf"(?:on |the )?(?:last|past|previous) {_day}", lambda m, d: f"on {written(_weekday(d, m['day'], True))}"),
+    (rf"(?:on |the )?(?:next|this|coming) {_day}", lambda m, d: f"on {written(_weekday(d, m['day'], False))}"),
     (rf"{_number} days? ago", lambda m, d: f"on {written(d - timedelta(_count(m)))}"),
     (rf"{_number} (?P<unit>week(?:end)?s?) ago", lambda m, d: f"{m['count'].lower()} {m['unit'].lower()} before {written(d)}"),
     (rf"{_number} months? ago", lambda m, d: f"in {_months(d, -_count(m)):%B %Y}"),
