@@ -3,7 +3,7 @@
     python -m bench.quality --data same_subject_dev.json --model smollm2 --recipes vanilla,rose --subjects 20 --json -
 
 Metrics, in percent (the paper's Appendix D.2). Teacher-forced: efficacy with the edit's prompt, paraphrase with other
-statements, instructed with unseen questions in unseen instructions. instructed_generated: greedy answers of at most 24
+statements, instructed with unseen questions in unseen instructions; each with _generated: greedy answers of at most 24
 tokens that hold the target. locality, locality_instructed: share of prompts about other subjects whose argmax answer is
 the unedited model's.
 """
@@ -22,7 +22,10 @@ from bench.metrics import Outcome, Probe, chat_probe, contains, generate, plain_
 from bench.output import emit
 from bench.subjects import note, opened, parser_of
 
-METRICS = ("efficacy", "paraphrase", "instructed", "instructed_generated", "locality", "locality_instructed")
+RECALL = ("efficacy", "paraphrase", "instructed")
+LOCALITY = ("locality", "locality_instructed")
+# Every share of recall stands beside that of free generation.
+METRICS = (*(name for metric in RECALL for name in (metric, f"{metric}_generated")), *LOCALITY)
 
 
 def probes_of(tokenizer, subject: SubjectCases, data: Dataset) -> dict[str, list[Probe]]:
@@ -50,20 +53,21 @@ def read(editor: Editor, probes: dict[str, list[Probe]]) -> dict[str, list[Outco
 
 @dataclass(frozen=True)
 class Scores:
-    """values: of every metric, one a probe. answers: to the instructed questions, as generated."""
+    """values: of every metric, one a probe. answers: what was generated for each metric of `RECALL`, one a probe."""
 
     values: dict[str, list[float]]
-    answers: list[str]
+    answers: dict[str, list[str]]
 
 
 def score(editor: Editor, probes: dict[str, list[Probe]], unedited: dict[str, list[Outcome]]) -> Scores:
     """Every metric of the model as it is now."""
-    now = read(editor, probes)
-    values = {metric: [o.success for o in now[metric]] for metric in ("efficacy", "paraphrase", "instructed")}
-    asked = probes["instructed"]
-    answers = generate(editor.model, editor.tokenizer, [p.text for p in asked], chat=asked[0].chat) if asked else []
-    values["instructed_generated"] = [float(contains(said, p.answer)) for said, p in zip(answers, asked, strict=True)]
-    for metric in ("locality", "locality_instructed"):
+    now, values, answers = read(editor, probes), {}, {}
+    for metric in RECALL:
+        values[metric] = [outcome.success for outcome in now[metric]]
+        asked = probes[metric]
+        answers[metric] = generate(editor.model, editor.tokenizer, [p.text for p in asked], chat=asked[0].chat) if asked else []
+        values[f"{metric}_generated"] = [float(contains(said, p.answer)) for said, p in zip(answers[metric], asked, strict=True)]
+    for metric in LOCALITY:
         values[metric] = [float(a.said == b.said) for a, b in zip(now[metric], unedited[metric], strict=True)]
     return Scores(values, answers)
 

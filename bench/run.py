@@ -2,8 +2,8 @@
 
     python -m bench.run --suite instructed --data same_subject_dev.json --recipes vanilla,memit_merge,rose --subjects 30 --out OUT
 
-Suites: `instructed` and `declarative` edit each subject alone (the paper's Table 1); `ablation`, `templates` and `layers` are the first
-with other recipes (Figs. 6, 19, 12); `sequential` edits subject after subject (Fig. 20); `locomo` edits what people said in
+Suites: `instructed` and `declarative` edit each subject alone (the paper's Table 1, Fig. 16); `ablation`, `templates` and `layers` are the
+first with other recipes (Figs. 6, 19, 12); `sequential` edits subject after subject (Fig. 20); `locomo` edits what people said in
 conversations (Table 2). Metrics are those of `bench.quality`, in percent, and perplexity, kl_neutral, fluency (`bench.ability`).
 
 OUT/results.jsonl gets a line as soon as a result is there; run again with the same arguments and what is there is not done again.

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -57,10 +57,11 @@ def rounded(values: Iterable[float]) -> list[float]:
 
 
 @torch.no_grad()
-def general(job: Job, unedited: torch.Tensor, answers: Sequence[str]) -> dict[str, list[float]]:
-    """The metrics of `bench.ability` of the model as it is now."""
+def general(job: Job, unedited: torch.Tensor, said: Iterable[str]) -> dict[str, list[float]]:
+    """The metrics of `bench.ability` of the model as it is now, and of what it has said."""
     found = ability(job.editor.model, job.editor.tokenizer, unedited)
-    found |= {"fluency": fluency(answers)} if answers else {}
+    said = list(said)
+    found |= {"fluency": fluency(said)} if said else {}
     return {metric: rounded([value]) for metric, value in found.items()}
 
 
@@ -80,8 +81,11 @@ def alone(job: Job, asked: Sequence[str] = METRICS) -> Iterator[Cell]:
                     before, base = unedited(), plain()
                     with edited(editor, method, [subject.edits], seed) as cost:
                         scores = score(editor, probes(), before)
-                        values = {metric: rounded(some) for metric, some in scores.values.items()} | general(job, base, scores.answers)
-                    answers = [(p.text, p.answer, said) for p, said in zip(probes()["instructed"], scores.answers, strict=True)]
+                        values = {metric: rounded(some) for metric, some in scores.values.items()} | general(
+                            job, base, chain(*scores.answers.values())
+                        )
+                    asked_and_said = zip(probes()["instructed"], scores.answers["instructed"], strict=True)
+                    answers = [(probe.text, probe.answer, said) for probe, said in asked_and_said]
                     return {"values": values, "answers": answers, **cost}
 
                 yield Cell({"recipe": name, "seed": seed, "subject": subject.name}, run)
@@ -117,7 +121,7 @@ def sequence(job: Job) -> Iterator[Cell]:
                         with edited(editor, Method() if kept else method, [subject.edits for subject in subjects], seed):
                             for asked, was in zip(probes[:count], before, strict=True):
                                 scores = score(editor, asked(), was)
-                                answers += scores.answers
+                                answers += chain(*scores.answers.values())
                                 for metric, some in scores.values.items():
                                     values.setdefault(metric, []).append(round(fmean(some), 6)) if some else None
                             values |= general(job, base, answers)

@@ -12,7 +12,7 @@ from bench.run import read_lines
 
 TITLES = {
     "instructed": "Same-subject edits, asked in instructions (Table 1)",
-    "declarative": "Same-subject edits, declarative",
+    "declarative": "Same-subject edits, declarative (Fig. 16)",
     "ablation": "Ablation (Fig. 6)",
     "templates": "Number of linguistic forms (Fig. 19)",
     "layers": "Edited layers (Fig. 12)",
