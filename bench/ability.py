@@ -41,7 +41,8 @@ def ability(model, tokenizer, unedited: Tensor) -> dict[str, float]:
     """perplexity of the texts, and kl_neutral, the mean KL(unedited || now) of their predictions in nats; unedited: of `predictions`."""
     now, tokens = predictions(model, tokenizer)
     nll = -now.gather(1, tokens[:, None]).mean()
-    return {"perplexity": math.exp(float(nll)), "kl_neutral": max(0.0, float((unedited.exp() * (unedited - now)).sum(-1).mean()))}
+    # A model that says nan or inf is told as such.
+    return {"perplexity": float(nll.exp()), "kl_neutral": float((unedited.exp() * (unedited - now)).sum(-1).mean().clamp(min=0))}
 
 
 def fluency(texts: Sequence[str]) -> float:

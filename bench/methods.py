@@ -24,11 +24,19 @@ EditWithin = Callable[[Editor, Sequence[Sequence[Edit]], int], AbstractContextMa
 
 @dataclass(frozen=True)
 class Method:
-    """recipe: of the engine; one_by_one: a call for each fact. edit: a baseline of its own. Neither: the model as it is."""
+    """recipe: of the engine; one_by_one: a call for each fact. edit: a baseline of its own, random: which draws from a seed.
+    Neither recipe nor edit: the model as it is."""
 
     recipe: Recipe | None = None
     one_by_one: bool = False
     edit: EditWithin | None = None
+    random: bool = False
+
+    @property
+    def seeded(self) -> bool:
+        """Whether another seed gives another result."""
+        sampled = self.recipe and (self.recipe.texts == "prefixes" or self.recipe.preconditioner != "identity")
+        return self.random or bool(sampled)
 
 
 def known(editor: Editor) -> dict[str, Method]:
@@ -44,7 +52,7 @@ def known(editor: Editor) -> dict[str, Method]:
         "rose_paper": Method(ROSE),
         "rose_no_iga": Method(replace(rose, name="rose_no_iga", preconditioner="covariance", bystanders=0)),
         "rose_no_hki": Method(replace(rose, name="rose_no_hki", texts="prefixes")),
-        "wise": Method(edit=wise.edited),
+        "wise": Method(edit=wise.edited, random=True),
         "grace": Method(edit=grace.edited),
     }
 
@@ -67,7 +75,7 @@ def methods_of(names: str, editor: Editor) -> dict[str, Method]:
 
 def _with_settings(recipe: Recipe, settings: str, name: str) -> Recipe:
     values: dict[str, Any] = {}
-    types = {f.name: type(getattr(recipe, f.name)) for f in fields(recipe)}
+    types = {f.name: type(getattr(recipe, f.name)) for f in fields(recipe) if f.name not in ("name", "prefixes", "seed")}
     for setting in settings.split(";"):
         key, found, text = (part.strip() for part in setting.partition("="))
         if not found or key not in types:
@@ -92,8 +100,11 @@ def _layers(text: str) -> tuple[int, ...]:
 def edited(editor: Editor, method: Method, batches: Sequence[Sequence[Edit]], seed: int) -> Iterator[dict[str, Any]]:
     """Edit within a `with` block, each batch on top of the ones before; its end takes everything back.
 
-    Gives {"seconds", "peak_mb"} of the editing; peak_mb above what the process held, None where the system does not tell.
+    Gives {"seconds", "peak_mb"} of the editing, without what a recipe needs once (`Editor.prepare`); peak_mb above what the process
+    held, None where the system does not tell.
     """
+    if method.recipe is not None:
+        editor.prepare(replace(method.recipe, seed=seed))
     cost: dict[str, Any] = {"seconds": 0.0, "peak_mb": None}
     try:
         memory = Memory(editor.model.device.type == "cuda")

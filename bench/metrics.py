@@ -1,4 +1,4 @@
-"""Metrics of an edited model (method.md section 4), by plain forward passes of the model: no engine code.
+"""Metrics of an edited model (method.md section 4), by plain forward passes of the model.
 
 A probe is a text and the answer that is wanted after it. Teacher-forced success is the share of the answer's tokens that are the
 argmax; the prediction itself, the argmax tokens, is compared with the unedited model's for locality.
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from rose_engine.forms import chat_parts
+from transformers import GenerationConfig
 
 # Tokens of the longest batch that is evaluated at a time; it bounds the logits in memory.
 BATCH_TOKENS = 2048
@@ -38,8 +40,8 @@ def chat_probe(tokenizer, system: str, before: str, question: str, after: str, a
     user = f"{before}{question}{after}"
     if not tokenizer.chat_template:
         return Probe(f"{system}\n{user}\nAnswer:", f" {answer.strip()}")
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    return Probe(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), answer.strip(), chat=True)
+    lead, tail = chat_parts(tokenizer, system)  # templates without a system role, and those that leave room for thoughts
+    return Probe(lead + user + tail, answer.strip(), chat=True)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,10 @@ def generate(model, tokenizer, texts: Sequence[str], max_new_tokens: int = 24, c
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(c)) + c for c in coded], device=model.device)
     mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in coded], device=model.device)
-    said = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    # A checkpoint's own settings (a repetition penalty) would make the answer another one than the argmax.
+    end = model.generation_config.eos_token_id
+    greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=end)
+    said = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
     return tokenizer.batch_decode(said[:, width:], skip_special_tokens=True)
 
 

@@ -2,10 +2,10 @@
 
     python -m bench.report OUT [OUT ...] [--to FOLDER]
 
-Every folder of results becomes a section: `instructed` is the paper's Table 1 (and 4, for another model), `locomo` its Table 2,
-`ablation` its Fig. 6, `declarative` 16, `templates` 19, `sequential` 20, time and memory 18; means over subjects stand with their
-standard errors. report.md, report.html and a PNG for each plot go to the folder; the page holds them all, and browsable cases: what was asked,
-what the unedited model said, what each recipe says, what was wanted.
+Every folder of results becomes a section: `instructed` is laid out as the paper's Table 1 (and 4, for another model), `locomo` as its
+Table 2, `ablation` as Fig. 6, `declarative` as Fig. 16, `sequential` as Fig. 20, time and memory as Fig. 18; means over subjects stand
+with their standard errors. report.md, report.html and a PNG for each plot go to the folder; the page holds them all, and browsable
+cases: what was asked, what the unedited model said, what each recipe says, what was wanted.
 """
 
 from __future__ import annotations

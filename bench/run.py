@@ -13,6 +13,7 @@ OUT/run.json says what was run on what; OUT/summary.json is {recipe: {metric: [m
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -23,26 +24,35 @@ from typing import Any
 
 import torch
 from rose_engine import Editor
-from rose_engine.delta import fingerprint
 from rose_engine.editor import versions
+from rose_engine.edits import EditError
 from rose_engine.files import replacing
+from rose_engine.moments import model_fingerprint
+from rose_engine.optimize import Diverged
 
 from bench import suites
-from bench.datasets import locomo
+from bench.datasets import load, locomo
+from bench.datasets.cases import DataError
 from bench.methods import Method, methods_of
+from bench.quality import METRICS
 from bench.subjects import note
 from bench.suites import SUITES, Job
+from bench.tables import read_lines
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The results that are there. A last line that was cut off is taken away from the file."""
-    if not path.exists():
-        return []
-    whole, _, cut = path.read_bytes().rpartition(b"\n")
+def mend(path: Path) -> None:
+    """Take away a last line that was cut off."""
+    whole, _, cut = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
     if cut:
         with open(path, "r+b") as f:
             f.truncate(len(whole) + 1 if whole else 0)
-    return [json.loads(line) for line in whole.splitlines()]
+
+
+def positive(text: str) -> int:
+    """A number from 1 on."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
@@ -67,16 +77,27 @@ def hardware(device: str) -> dict[str, Any]:
     return found
 
 
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, or of the *.json of a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def described(args: argparse.Namespace, editor: Editor, methods: dict[str, Method]) -> dict[str, Any]:
-    """What decides a run's results, and what it runs on."""
-    weights = fingerprint(editor.weights())
+    """What decides a run's results, and what it runs on. SystemExit where the data cannot be read."""
+    try:
+        coverage = {"coverage": locomo.load(args.data).report} if args.suite == "locomo" else load(args.data, 1) and {}
+    except (OSError, DataError, EditError) as e:
+        raise SystemExit(f"the data cannot be used: {e}") from e
     return {
         "suite": args.suite,
-        "data": {"file": Path(args.data).name, "subjects": args.subjects}
-        | ({"coverage": locomo.load(args.data).report} if args.suite == "locomo" else {}),
+        "data": {"file": Path(args.data).name, "sha256": digest_of(Path(args.data)), "subjects": args.subjects} | coverage,
         "seeds": args.seeds,
         "recipes": {name: method.recipe.as_dict() if method.recipe else None for name, method in methods.items()},
-        "model": {"name": args.model, "dtype": str(editor.model.dtype).removeprefix("torch."), "weights": weights},
+        "metrics": list(METRICS),
+        "model": {"name": args.model, "dtype": str(editor.model.dtype).removeprefix("torch."), "sha256": model_fingerprint(editor.model)},
         "device": args.device,
         "hardware": hardware(args.device),
         "versions": versions() | {"python": platform.python_version()},
@@ -105,17 +126,23 @@ def _short(value: Any) -> str:
 def execute(job: Job, suite: suites.Suite, note: Callable[[str], None]) -> list[dict[str, Any]]:
     """Measure every cell that has no line yet; returns all lines in the suite's order. The weights are checked after every cell."""
     path = job.out / "results.jsonl"
+    mend(path)
     key_of = lambda key: json.dumps(key, sort_keys=True)  # noqa: E731
     cells = list(suite.cells(job))
     fields = {name for cell in cells for name in cell.key}
     done = {key_of({name: line[name] for name in fields}): line for line in read_lines(path)}
     missing = [cell for cell in cells if key_of(cell.key) not in done]
+    if len({key_of(cell.key) for cell in cells}) != len(cells):
+        raise SystemExit("two results would have one name; see that no subject is there twice")
     layers = sorted({layer for method in job.methods.values() if method.recipe for layer in method.recipe.layers})
     base = {name: weight.clone() for name, weight in job.editor.weights(layers).items()}
     took: dict[str, list[float]] = {}
     for number, cell in enumerate(missing):
         began = time.perf_counter()
-        line = {**cell.key, **cell.run()}
+        try:
+            line = {**cell.key, **cell.run()}
+        except (EditError, Diverged, ValueError, torch.OutOfMemoryError) as e:  # told, and the others go on
+            line = {**cell.key, "values": {}, "failed": f"{type(e).__name__}: {e}"}
         line["wall_s"] = round(time.perf_counter() - began, 3)
         if any(not torch.equal(weight, base[name]) for name, weight in job.editor.weights(layers).items()):
             raise RuntimeError(f"the weights are not the unedited ones after {cell.key}")
@@ -155,14 +182,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--subjects", type=int, default=None, help="how many subjects, or groups of facts of locomo, from the start; default: all"
     )
-    parser.add_argument("--seeds", type=int, default=1, help="seeds 0, 1, ... of what is sampled: prefixes, corpora, masks")
+    seeds = "seeds 0, 1, ... of what is sampled: prefixes, corpora, masks; what samples nothing runs once"
+    parser.add_argument("--seeds", type=positive, default=1, help=seeds)
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, the faster of the first two on this machine")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    suite = SUITES[args.suite]
+    suite, about = SUITES[args.suite], args.out / "run.json"
+    if args.dtype == "auto" and about.exists():  # what was the faster one when the run began
+        args.dtype = json.loads(about.read_text())["model"]["dtype"]
     editor = Editor.from_pretrained(args.model, dtype=args.dtype, device=args.device)
     methods = methods_of(args.recipes or suite.recipes, editor)
-    check_same(args.out / "run.json", described(args, editor, methods))
+    check_same(about, described(args, editor, methods))
     job = Job(editor, methods, Path(args.data), args.subjects, args.seeds, args.out)
     lines = execute(job, suite, note)
     table = suites.summary(suite, lines, methods, args.seeds)

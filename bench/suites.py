@@ -6,6 +6,7 @@ the key's fields, `values` (metric -> one number a probe) and what the run cost.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ class Job:
     seeds: int
     out: Path
 
+    def seeds_of(self, method: Method) -> range:
+        """The seeds with which a method runs: the first alone where it samples nothing."""
+        return range(self.seeds if method.seeded else 1)
+
 
 class Cell(NamedTuple):
     """key: field -> what the result is of. run: measures it and gives the rest of the line."""
@@ -68,6 +73,8 @@ def general(job: Job, unedited: torch.Tensor, said: Iterable[str]) -> dict[str, 
 def alone(job: Job, asked: Sequence[str] = METRICS) -> Iterator[Cell]:
     """Every subject edited alone, by every method, with every seed; `asked` are the metrics whose probes are read."""
     data = load(job.data, job.limit)
+    if "instructed" in asked and not any(case.questions for subject in data.subjects for case in subject.cases):
+        raise SystemExit(f"{job.data} has no questions to ask; take the suite `declarative`")
     editor = job.editor
     plain = cache(lambda: predictions(editor.model, editor.tokenizer)[0])
 
@@ -75,7 +82,7 @@ def alone(job: Job, asked: Sequence[str] = METRICS) -> Iterator[Cell]:
         probes = cache(lambda subject=subject: _only(probes_of(editor.tokenizer, subject, data), asked))
         unedited = cache(lambda probes=probes: read(editor, probes()))
         for name, method in job.methods.items():
-            for seed in range(job.seeds):
+            for seed in job.seeds_of(method):
 
                 def run(subject=subject, probes=probes, unedited=unedited, method=method, seed=seed) -> dict[str, Any]:
                     before, base = unedited(), plain()
@@ -107,7 +114,7 @@ def sequence(job: Job) -> Iterator[Cell]:
     unedited = [cache(lambda asked=asked: read(editor, asked())) for asked in probes]
     counts = [count for count in COUNTS if count < len(data.subjects)] + [len(data.subjects)]
     for name, method in job.methods.items():
-        for seed in range(job.seeds):
+        for seed in job.seeds_of(method):
             for count in counts:
 
                 def run(name=name, method=method, seed=seed, count=count) -> dict[str, Any]:
@@ -115,10 +122,11 @@ def sequence(job: Job) -> Iterator[Cell]:
                     subjects, values, answers = data.subjects[:count], {}, []
                     # A recipe's edits are written here, deltas kept; a baseline's within its own context.
                     kept = method.recipe is not None
-                    if kept:
-                        _go_on(job, method, subjects, seed, job.out / "sequences" / f"{name}.{seed}")
+                    folder = job.out / "sequences" / f"{re.sub('[^a-z0-9_]+', '-', name)}.{seed}"
                     try:
-                        with edited(editor, Method() if kept else method, [subject.edits for subject in subjects], seed):
+                        if kept:
+                            _go_on(job, method, subjects, seed, folder)
+                        with edited(editor, Method() if kept else method, [subject.edits for subject in subjects], seed) as cost:
                             for asked, was in zip(probes[:count], before, strict=True):
                                 scores = score(editor, asked(), was)
                                 answers += chain(*scores.answers.values())
@@ -127,7 +135,8 @@ def sequence(job: Job) -> Iterator[Cell]:
                             values |= general(job, base, answers)
                     finally:
                         editor.restore([])
-                    return {"values": values}
+                    # What a sequence costs is known where it was edited in one go.
+                    return {"values": values} if kept else {"values": values, **cost}
 
                 yield Cell({"recipe": name, "seed": seed, "count": count}, run)
 
@@ -155,7 +164,7 @@ def conversations(job: Job) -> Iterator[Cell]:
     for batch in _spread(locomo.load(job.data, LOCOMO_FACTS).batches, job.limit):
         texts = [locomo.ask(editor.tokenizer, question.text) for question in batch.questions]
         for name, method in job.methods.items():
-            for seed in range(job.seeds):
+            for seed in job.seeds_of(method):
 
                 def run(batch=batch, texts=texts, method=method, seed=seed) -> dict[str, Any]:
                     base = plain()
@@ -223,8 +232,8 @@ SUITES = {
     "instructed": Suite(PAPER, alone, by_subject),
     "declarative": Suite(PAPER, partial(alone, asked=("efficacy", "paraphrase", "locality")), by_subject),
     "ablation": Suite("vanilla,memit_merge,rose_no_iga,rose_no_hki,rose", alone, by_subject),
-    "templates": Suite(",".join(f"rose[forms={forms}]" for forms in (1, 2, 4, 6, 8)), alone, by_subject),
-    "layers": Suite(",".join(f"rose[layers={first}-{first + 4}]" for first in (2, 4, 6, 8, 12)), alone, by_subject),
+    "templates": Suite("vanilla," + ",".join(f"rose[forms={forms}]" for forms in (1, 2, 4, 6, 8)), alone, by_subject),
+    "layers": Suite("vanilla," + ",".join(f"rose[layers={first}-{first + 4}]" for first in (2, 4, 6, 8, 12)), alone, by_subject),
     "sequential": Suite("vanilla,alphaedit,wise,grace,rose", sequence, by_count),
     "locomo": Suite("vanilla,memit,alphaedit,memit_merge,rose", conversations, pooled),
 }
@@ -234,10 +243,11 @@ def summary(suite: Suite, lines: Sequence[dict[str, Any]], recipes: Iterable[str
     """{recipe: {metric: [mean, standard deviation over seeds]}}; shares in percent."""
     table: dict[str, dict[str, list[float]]] = {}
     for recipe in recipes:
-        found = [suite.table([line for line in lines if (line["recipe"], line["seed"]) == (recipe, seed)]) for seed in range(seeds)]
+        of = [[line for line in lines if (line["recipe"], line["seed"]) == (recipe, seed)] for seed in range(seeds)]
+        found = [suite.table(some) for some in of if some]
         table[recipe] = {}
         for metric in found[0]:
             scale = 100.0 if metric.rstrip("0123456789").removesuffix("_") in SHARES else 1.0
-            values = [scale * one[metric] for one in found]
-            table[recipe][metric] = [round(fmean(values), 3), round(statistics.stdev(values), 3) if seeds > 1 else 0.0]
+            values = [scale * one[metric] for one in found if metric in one]
+            table[recipe][metric] = [round(fmean(values), 3), round(statistics.stdev(values), 3) if len(values) > 1 else 0.0]
     return table

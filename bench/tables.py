@@ -8,14 +8,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from bench.run import read_lines
-
 TITLES = {
     "instructed": "Same-subject edits, asked in instructions (Table 1)",
     "declarative": "Same-subject edits, declarative (Fig. 16)",
     "ablation": "Ablation (Fig. 6)",
-    "templates": "Number of linguistic forms (Fig. 19)",
-    "layers": "Edited layers (Fig. 12)",
+    "templates": "Recall by the number of linguistic forms",
+    "layers": "Recall by the edited layers",
     "sequential": "Sequential edits (Fig. 20)",
     "locomo": "LoCoMo-Edit, token F1 (Table 2)",
 }
@@ -89,7 +87,8 @@ class Results:
         where = machine.get("gpu") or f"{machine['cores']} cores, {machine.get('cpu') or machine['system']}"
         versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
         count = "1 seed" if seeds == 1 else f"{seeds} seeds"
-        return f"{model['name']}, {model['dtype']}; {what} of {run['data']['file']}; {count}; {where}; {versions}"
+        failed = [f"{number} results failed" for number in [sum("failed" in line for line in self.lines)] if number]
+        return f"{model['name']}, {model['dtype']}; {what} of {run['data']['file']}; {count}; {'; '.join([where, versions, *failed])}"
 
     def cases(self) -> list[dict[str, Any]]:
         """Of every question that was asked: subject, prompt, wanted, and what each recipe says with the first seed."""
@@ -99,6 +98,13 @@ class Results:
                 new = {"subject": line["subject"], "prompt": prompt, "wanted": wanted, "said": {}}
                 found.setdefault((line["subject"], prompt), new)["said"][line["recipe"]] = said
         return list(found.values())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results.jsonl; a last one that is not whole is not read."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().rpartition(b"\n")[0].splitlines()]
 
 
 def read_results(folder: Path) -> Results:

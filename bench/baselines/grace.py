@@ -3,7 +3,9 @@
 The input of a late down projection is the query. Where it lies within the radius of its nearest key, the projection's output is
 the key's value. A fact's key is the query at the last token of its prompt; its value is trained until the target follows. A key that
 would overlap one of another target halves the distance between the two; one of the same target widens the old radius.
-Every token is a query of its own, so that teacher forcing, padding and generation see the same.
+Where this departs from the authors' program: every token is a query of its own (there the prompt's last token is, by its place in the
+batch), so that teacher forcing, padding and generation see the same; a value begins as what the layer said, not at random; training
+ends early at a loss of 0.01.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """WISE (Wang et al. 2024): a side memory beside one layer's down projection, and a router that says which of the two answers.
 
-The side memory W' begins as a copy of W. Each batch trains a random part of it by gradient descent, on the targets and on a margin of
-the router's activation d(x) = mean over tokens of ||(W' - W) a(x)||: at least BETA for edits, at most ALPHA for other texts, GAMMA
-between them. A text goes through W' where d(x) reaches the least activation of an edit, times RATIO. The authors merge side memories
-after every 500 edits; there are fewer here, so there is one. Plain PyTorch.
+The side memory W' begins as a copy of W. A random part of it is trained by gradient descent, on the targets and on a margin of the
+router's activation d(x), the mean over tokens of ||act(W' a(x)) - act(W a(x))||: at least BETA for edits, at most ALPHA for other texts,
+GAMMA between them. A text goes through W' where d(x) reaches the least activation of an edit, times RATIO. The authors merge side
+memories after every 500 edits; there are fewer here, so there is one. Their unrelated text, one for each fact of their data, is here
+text that the model says itself. Plain PyTorch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from rose_engine.sample import sample_prefixes, sample_texts
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 # The authors' settings for Llama.
 LAYER_SHARE = 27 / 32
@@ -36,6 +38,7 @@ class SideMemory:
         generator = torch.Generator().manual_seed(seed)
         self.mask = (torch.rand(self.side.shape, generator=generator) < MASK).to(self.side.device)
         self.threshold, self.training = float("inf"), False
+        self.act = ACT2FN[model.config.hidden_act]
         self.activation: Tensor | None = None
         self._tokens: Tensor | None = None
         self._routed: Tensor | None = None
@@ -50,11 +53,12 @@ class SideMemory:
         self._tokens = mask.float() if mask.dim() == 2 and mask.shape == ids.shape else None
 
     def _answer(self, module, args, out):
-        change = F.linear(args[0].float(), self.side - self.weight.float())
-        if self._tokens is not None and out.shape[1] > 1:  # a whole text; what is generated after it goes its way
-            self.activation = (change.norm(dim=-1) * self._tokens).sum(1) / self._tokens.sum(1)
+        side = F.linear(args[0].float(), self.side)
+        if self._tokens is not None:  # a whole text; what is generated after it goes its way
+            far = (self.act(side) - self.act(out.float())).norm(dim=-1)
+            self.activation = (far * self._tokens).sum(1) / self._tokens.sum(1)
             self._routed = torch.ones_like(self.activation, dtype=torch.bool) if self.training else self.activation >= self.threshold
-        return torch.where(self._routed[:, None, None], out + change.to(out.dtype), out)
+        return torch.where(self._routed[:, None, None], side.to(out.dtype), out)
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -68,6 +72,12 @@ def padded(rows: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     return ids, mask
+
+
+def violated(terms: Tensor) -> Tensor:
+    """The mean of the terms that are positive, 0 where there is none."""
+    positive = terms.clamp(min=0)
+    return positive.sum() / (positive > 0).sum().clamp(min=1)
 
 
 def learn(model, tokenizer, facts: Sequence, memory: SideMemory, prefixes: Sequence[str], others: Sequence[Sequence[int]]) -> None:
@@ -92,8 +102,7 @@ def learn(model, tokenizer, facts: Sequence, memory: SideMemory, prefixes: Seque
         model.model(input_ids=quiet[0], attention_mask=quiet[1])
         off = memory.activation
         fact_loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        margin = (off - ALPHA).clamp(min=0).mean() + (BETA - on).clamp(min=0).mean()
-        margin = margin + (GAMMA - (on[:, None] - off[None, :])).clamp(min=0).mean()
+        margin = violated(off - ALPHA) + violated(BETA - on) + violated(GAMMA - (on[:, None] - off[None, :]))
         (grad,) = torch.autograd.grad(fact_loss + margin, memory.side)
         with torch.no_grad():
             memory.side -= LR * grad * memory.mask

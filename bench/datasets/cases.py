@@ -51,6 +51,13 @@ class Dataset:
     instructions: tuple[tuple[str, str, str], ...] = INSTRUCTIONS
 
 
+def texts(value: object, what: str) -> tuple[str, ...]:
+    """A list of texts, none of them empty. DataError names the field that is something else."""
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) and text.strip() for text in value):
+        raise DataError(f"`{what}` must be a list of texts, given {value!r:.80}")
+    return tuple(value)
+
+
 def grouped(cases: list[Case]) -> tuple[SubjectCases, ...]:
     """Cases by their subject, in order of first appearance; facts that say the same of one prompt once."""
     facts: dict[str, dict[str, Case]] = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rose_engine.edits import Edit
 
-from bench.datasets.cases import Case, slot
+from bench.datasets.cases import Case, slot, texts
 
 
 def nested_case(record: dict, source: str) -> Case:
@@ -15,11 +15,13 @@ def nested_case(record: dict, source: str) -> Case:
     rewrite = record["requested_rewrite"]
     true = rewrite["target_true"]["str"]
     edit = Edit(rewrite["subject"], rewrite["prompt"], rewrite["target_new"]["str"], relation=rewrite.get("relation_id"), source=source)
-    return Case(edit, tuple(record["paraphrase_prompts"]), (), tuple((prompt, true) for prompt in record["neighborhood_prompts"]))
+    neighbours = tuple((prompt, true) for prompt in texts(record["neighborhood_prompts"], "neighborhood_prompts"))
+    return Case(edit, texts(record["paraphrase_prompts"], "paraphrase_prompts"), (), neighbours)
 
 
 def flat_case(record: dict, source: str) -> Case:
     """A flat record."""
     subject = record["subject"]
     edit = Edit(subject, slot(record["prompt"], subject), record["target_new"], id=str(record.get("case_id", "")) or None, source=source)
-    return Case(edit, (record["rephrase_prompt"],), (), ((record["locality_prompt"], record["locality_ground_truth"]),))
+    neighbour = texts([record["locality_prompt"], record["locality_ground_truth"]], "locality_prompt, locality_ground_truth")
+    return Case(edit, texts([record["rephrase_prompt"]], "rephrase_prompt"), (), (neighbour,))

@@ -61,7 +61,8 @@ _SAYINGS: tuple[tuple[str, Callable[[re.Match, date], str]], ...] = (
     (rf"{_in}next year", lambda m, d: f"in {d.year + 1}"),
     (r"(?:earlier |later )?this year", lambda m, d: f"in {d.year}"),
 )
-_PATTERNS = tuple((re.compile(rf"\b(?:(?:for|by|until|since|from) )?(?:{pattern})(?!\w)", re.IGNORECASE), put) for pattern, put in _SAYINGS)
+_BEFORE, _AFTER = r"\b(?:(?:for|by|until|since|from|about|around) )*", r"(?![\w'])"
+_PATTERNS = tuple((re.compile(f"{_BEFORE}(?:{pattern}){_AFTER}", re.IGNORECASE), put) for pattern, put in _SAYINGS)
 
 
 def resolved(text: str, said: date) -> tuple[str, str] | None:

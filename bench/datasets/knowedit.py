@@ -6,16 +6,16 @@ from typing import Any
 
 from rose_engine.edits import Edit
 
-from bench.datasets.cases import Case, slot
+from bench.datasets.cases import Case, slot, texts
 
 
 def case(record: dict, source: str) -> Case:
     """A record. Its locality groups are neighbours; those of portability, which ask for what follows from the fact, are not read."""
     subject = record["subject"]
     groups = (record.get("locality") or {}).values()
-    neighbours = tuple((one["prompt"], _answer(one["ground_truth"])) for group in groups for one in group)
-    rephrased = record.get("rephrase_prompt") or record.get("rephrase") or ()
-    paraphrases = (rephrased,) if isinstance(rephrased, str) else tuple(rephrased)
+    neighbours = tuple(texts([one["prompt"], _answer(one["ground_truth"])], "locality") for group in groups for one in group)
+    rephrased = record.get("rephrase_prompt") or record.get("rephrase") or []
+    paraphrases = texts([rephrased] if isinstance(rephrased, str) else rephrased, "rephrase_prompt")
     return Case(Edit(subject, slot(record["prompt"], subject), record["target_new"], source=source), paraphrases, (), neighbours)
 
 

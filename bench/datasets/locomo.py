@@ -2,8 +2,8 @@
 
 A conversation file holds `qa`, whose `evidence` names dialogue turns, and for each session the observations: declarative sentences
 about a person with the turns that they rest on. For each question of categories 4, 1 and 2 the observations of its evidence are the
-facts; a time that is said relative to the day of the session, in the observation or else in the turn itself, becomes a date and a fact
-of its own. Facts are grouped by person, 5 to 10 an edit, and every question is asked where its facts are edited.
+facts; a time that is said relative to the day of the session, in the observation or else in a sentence of the turn about the same,
+becomes a date and a fact of its own. Facts are grouped by person, 5 to 10 an edit, and every question is asked where its facts are edited.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ KINDS = {4: "single_hop", 1: "multi_hop", 2: "temporal"}
 LEAST_FACTS = 5
 # Of an observation's words after the name, this share is the prompt, two words at least; the rest is the target.
 PROMPT_SHARE = 0.35
+# Beginnings of words that say nothing of what a sentence is about.
+_COMMON = frozenset(
+    ("been", "with", "that", "this", "have", "from", "about", "some", "their", "they", "just", "last", "week", "month", "year", "felt")
+)
 _TURN = re.compile(r"D\d+:\d+")
 
 
@@ -113,8 +117,7 @@ def _facts(turn: Turn) -> Iterator[Edit]:
     """The facts of a turn's observations. One that does not name its person, or says too little after the name, is none."""
     for person, sentence in turn.observations:
         when = resolved(sentence, turn.day)
-        # What the observation leaves out the turn may have said.
-        said = when or resolved(turn.text, turn.day)
+        said = when or _said_of(sentence.replace(person, ""), turn)
         before, named, after = (when[0] if when else sentence).partition(person)
         words = after.strip().rstrip(".").split()
         if not named or len(words) < 3:
@@ -126,6 +129,16 @@ def _facts(turn: Turn) -> Iterator[Edit]:
             preposition, _, rest = said[1].partition(" ")
             prompt, dated = lead + " ".join(words), preposition in ("on", "in")
             yield Edit(person, f"{prompt} {preposition}" if dated else prompt, rest if dated else said[1])
+
+
+def _said_of(sentence: str, turn: Turn) -> tuple[str, str] | None:
+    """What `resolved` finds in those sentences of a turn which speak of what an observation says: which share a longer word with it."""
+    stems = lambda text: {word[:5] for word in re.findall(r"[a-z]{4,}", text.lower())} - _COMMON  # noqa: E731
+    about = stems(sentence)
+    for said in re.split(r"(?<=[.!?])\s+", turn.text):
+        if about & stems(said) and (found := resolved(said, turn.day)):
+            return found
+    return None
 
 
 def _batches(data: dict[str, Any], name: str, most: int, seen: Counter[str]) -> list[Batch]:

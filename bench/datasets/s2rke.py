@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rose_engine.edits import Edit
 
-from bench.datasets.cases import Case, DataError, Dataset, SubjectCases
+from bench.datasets.cases import Case, DataError, Dataset, SubjectCases, grouped, texts
 
 
 def from_json(data: object, path: str | Path, limit: int | None = None) -> Dataset:
@@ -18,7 +18,11 @@ def from_json(data: object, path: str | Path, limit: int | None = None) -> Datas
     if not isinstance(data, dict) or not isinstance(data.get("records"), list) or not isinstance(data.get("instruct_templates"), list):
         raise DataError(f"{path}: must be an object with the lists `records` and `instruct_templates`")
     instructions = []
-    for system, user in data["instruct_templates"]:
+    for template in data["instruct_templates"]:
+        try:
+            system, user = texts(template, "instruct_templates")
+        except ValueError as e:
+            raise DataError(f"{path}: an instruction template is a system and a user message, given {template!r:.80}") from e
         before, found, after = user.partition("{q}")
         if not found:
             raise DataError(f"{path}: an instruction template has no {{q}}: {user!r}")
@@ -31,7 +35,7 @@ def from_json(data: object, path: str | Path, limit: int | None = None) -> Datas
             raise DataError(f"{path}: record {number} lacks or misuses the field {e}") from e
     if not subjects:
         raise DataError(f"{path}: holds no records")
-    return Dataset(tuple(subjects), tuple(instructions))
+    return Dataset(grouped([case for subject in subjects for case in subject.cases]), tuple(instructions))
 
 
 def _subject(record: dict, source: str) -> SubjectCases:
@@ -45,6 +49,10 @@ def _subject(record: dict, source: str) -> SubjectCases:
         prompts, answers = fact["neighborhood_prompts"], fact["neighborhood_targets"]
         if len(prompts) != len(answers):
             raise DataError(f"{source}: {len(prompts)} neighbourhood prompts but {len(answers)} targets")
-        neighbours = tuple(zip(prompts, answers, strict=True))
-        cases.append(Case(edit, tuple(fact["paraphrase_prompts"]), tuple(fact["question_prompts"]), neighbours))
+        try:
+            neighbours = tuple(zip(texts(prompts, "neighborhood_prompts"), texts(answers, "neighborhood_targets"), strict=True))
+            asked = [texts(fact[field], field) for field in ("paraphrase_prompts", "question_prompts")]
+        except DataError as e:
+            raise DataError(f"{source}: {e}") from e
+        cases.append(Case(edit, *asked, neighbours))
     return SubjectCases(name, tuple(cases))

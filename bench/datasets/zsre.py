@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rose_engine.edits import Edit
 
-from bench.datasets.cases import Case, slot
+from bench.datasets.cases import Case, slot, texts
 
 
 def case(record: dict, source: str) -> Case:
@@ -14,4 +14,5 @@ def case(record: dict, source: str) -> Case:
     neighbour = record["loc"].removeprefix("nq question: ").strip()
     neighbour = neighbour if neighbour.endswith("?") else f"{neighbour}?"
     edit = Edit(subject, slot(record["src"], subject), target, question=record["src"], source=source)
-    return Case(edit, (record["rephrase"],), (record["rephrase"],), ((neighbour, record["loc_ans"]),))
+    rephrased = texts([record["rephrase"]], "rephrase")
+    return Case(edit, rephrased, rephrased, (texts([neighbour, record["loc_ans"]], "loc, loc_ans"),))

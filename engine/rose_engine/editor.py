@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,18 @@ from rose_engine.dtype import dtype_of
 from rose_engine.edits import Edit, EditError, check_consistent, group_by_fact, group_by_subject
 from rose_engine.forms import Row, bystander_rows, chat_parts
 from rose_engine.memory import Memory, facts_in, with_earlier
-from rose_engine.moments import moments
+from rose_engine.moments import MODEL, moments
 from rose_engine.optimize import Progress, optimize_values, subject_rows
-from rose_engine.precondition import Base, Preconditioner, covariance, identity, null_space, preconditioner
+from rose_engine.precondition import (
+    Base,
+    Preconditioner,
+    covariance,
+    identity,
+    moment_factor,
+    moment_null_space,
+    null_space,
+    preconditioner,
+)
 from rose_engine.recipe import Recipe, preset
 from rose_engine.sample import sample_prefixes
 from rose_engine.verify import UNRELATED, Report, compare, snapshot
@@ -78,7 +88,9 @@ class Editor:
         self._base_record: dict[str, dict[str, Any]] = {}
         self._applied: list[Delta] = []
         self._memory = Memory()
-        self._bases: dict[tuple[Any, ...], dict[str, Base]] = {}
+        self._prefixes: dict[int, tuple[str, ...]] = {}
+        self._moment_parts: dict[tuple[Any, ...], Tensor] = {}
+        self._moment_bases: dict[tuple[Any, ...], Base] = {}
 
     @classmethod
     def from_pretrained(
@@ -128,17 +140,14 @@ class Editor:
         if recipe.last_layer >= len(self.decoder.layers) - 1:
             raise ValueError(f"layer {recipe.last_layer} cannot be edited: the model has {len(self.decoder.layers)} layers")
         check_consistent(edits)
-        if recipe.texts == "prefixes" and not recipe.prefixes:
-            recipe = replace(recipe, prefixes=sample_prefixes(self.model, self.tokenizer, recipe.seed))
         joint = recipe.sequential == "joint"
         before_these = facts_in(self._applied) if joint else []
         group = group_by_subject if recipe.grouping == "subject" else group_by_fact
         subjects = group(with_earlier(before_these, edits) if joint else edits)
         names = [subject.name for subject in subjects]
         clock = _Clock()
+        recipe = self.prepare(recipe)
         plans = [subject_rows(self.decoder, self.tokenizer, subject, recipe) for subject in subjects]
-        self._keep_base(recipe.layers)
-        held = self._preconditioner(recipe, names if joint else ())
         clock("prepare")
         before = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
         clock("verify")
@@ -148,6 +157,7 @@ class Editor:
         known = [edit for subject in subjects for edit in subject.edits]
         bystanders = self._bystanders(known, before_these, recipe.bystanders)
         with all_or_nothing(self.weights(recipe.layers).values()):
+            held = partial(self._preconditioner, recipe, names)
             written = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe, held, bystanders)
             clock("write")
             after = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
@@ -288,33 +298,59 @@ class Editor:
             for row in bystander_rows(some, self.tokenizer, count, spoken=[*edits, *earlier])
         ]
 
-    def _preconditioner(self, recipe: Recipe, without: Sequence[str]) -> Callable[[str], Preconditioner]:
-        """That of each weight: the recipe's base and, unless it is "plain", the keys of earlier edits, not of the subjects `without`."""
-        bases = self._bases_of(recipe)
+    def prepare(self, recipe: Recipe | None = None) -> Recipe:
+        """Make what a recipe needs once, which `apply` would make otherwise: sampled prefixes, and second moments with their factors.
 
-        def of(name: str) -> Preconditioner:
-            weight = self.weights()[name]
-            start = preconditioner(weight.shape[1], recipe.ridge, bases.get(name, identity), weight.device)
-            return start if recipe.sequential == "plain" else self._memory.joined(name, start, self._applied, without)
+        Both are read off the unedited model. Returns the recipe with its prefixes.
+        """
+        recipe = recipe or self.recipe
+        self._keep_base(recipe.layers)
+        if recipe.texts == "prefixes" and not recipe.prefixes:
+            if recipe.seed not in self._prefixes:
+                with self._unedited():
+                    self._prefixes[recipe.seed] = sample_prefixes(self.model, self.tokenizer, recipe.seed)
+            recipe = replace(recipe, prefixes=self._prefixes[recipe.seed])
+        if recipe.preconditioner != "identity":
+            for name in self.weights(recipe.layers):
+                self._moment_part(recipe, name)
+        return recipe
 
-        return of
+    @contextmanager
+    def _unedited(self) -> Iterator[None]:
+        """The unedited weights within the block."""
+        applied = self._applied
+        self._rewrite([])
+        try:
+            yield
+        finally:
+            self._rewrite(applied)
 
-    def _bases_of(self, recipe: Recipe) -> dict[str, Base]:
-        """By weight what its preconditioner is made on; empty for the identity. Made once: it is read off the unedited weights."""
-        if recipe.preconditioner == "identity":
-            return {}
-        scale = (recipe.covariance_weight, recipe.ridge) if recipe.preconditioner == "covariance" else (recipe.null_threshold,)
-        about = (recipe.preconditioner, recipe.layers, scale, recipe.corpus, recipe.corpus_tokens, recipe.seed)
-        if about not in self._bases:
-            make = covariance if recipe.preconditioner == "covariance" else null_space
-            applied = self._applied
-            self._rewrite([])
-            try:
+    def _moment_part(self, recipe: Recipe, name: str) -> Tensor:
+        """Of a weight's second moment the Cholesky factor, or the null space's basis; kept."""
+        threshold = recipe.null_threshold if recipe.preconditioner == "null_space" else None
+        about = (recipe.corpus, recipe.corpus_tokens, recipe.seed if recipe.corpus == MODEL else None, threshold)
+        if (name, *about) not in self._moment_parts:
+            with self._unedited():
                 found = moments(self.decoder, self.tokenizer, recipe.layers, recipe.corpus, recipe.corpus_tokens, recipe.seed)
-            finally:
-                self._rewrite(applied)
-            self._bases[about] = {name: make(moment, *scale) for name, moment in found.items()}
-        return self._bases[about]
+            for weight, moment in found.items():
+                part = moment_factor(moment) if threshold is None else moment_null_space(moment, threshold)
+                self._moment_parts[weight, *about] = part
+        return self._moment_parts[name, *about]
+
+    def _base_of(self, recipe: Recipe, name: str) -> Base:
+        """The base of a weight's preconditioner where it is made of a corpus; one object as long as nothing about it changes."""
+        part, scale = self._moment_part(recipe, name), (recipe.covariance_weight, recipe.ridge)
+        make = partial(null_space, part) if recipe.preconditioner == "null_space" else partial(covariance, part, *scale)
+        return self._moment_bases.setdefault((id(part), *scale), make())
+
+    def _preconditioner(self, recipe: Recipe, without: Sequence[str], name: str) -> Preconditioner:
+        """That of a weight: the recipe's base with the keys of earlier edits that the recipe protects; `without`: subjects done again."""
+        base = identity if recipe.preconditioner == "identity" else self._base_of(recipe, name)
+        weight = self.weights()[name]
+        start = preconditioner(weight.shape[1], recipe.ridge, base, weight.device)
+        if recipe.sequential == "plain":
+            return start
+        return self._memory.joined(name, start, self._applied, without if recipe.sequential == "joint" else None)
 
     def _add(self, delta: Delta) -> None:
         weights = self.weights()

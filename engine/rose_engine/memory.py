@@ -55,15 +55,15 @@ class Memory:
     def __init__(self):
         self._held: dict[str, tuple[list[tuple], Preconditioner]] = {}
 
-    def joined(self, name: str, start: Preconditioner, deltas: Sequence[Delta], without: Collection[str] = ()) -> Preconditioner:
-        """`start` with the keys that the deltas wrote to the weight `name`, but not those of the subjects in `without`.
+    def joined(self, name: str, start: Preconditioner, deltas: Sequence[Delta], without: Collection[str] | None = None) -> Preconditioner:
+        """`start` with the keys that the deltas wrote to the weight `name`: all, or where `without` is given those that still hold.
 
-        A subject's columns are those of the last delta that has it. The same deltas give the same bits, whatever was asked before.
+        Those are a subject's columns of the last delta that has it, and no columns of a subject in `without`. The same deltas give
+        the same bits, whatever was asked before.
         """
+        every = [tuple(range(len(delta.columns))) for delta in deltas] if without is None else latest_columns(deltas, without)
         parts = [
-            (delta.id, columns, delta.keys[name])
-            for delta, columns in zip(deltas, latest_columns(deltas, without), strict=True)
-            if name in delta.keys and columns
+            (delta.id, columns, delta.keys[name]) for delta, columns in zip(deltas, every, strict=True) if name in delta.keys and columns
         ]
         asked = [(start.base, start.ridge, start.keys.device, *part[:2]) for part in parts]
         had, held = self._held.get(name, ([], start))

@@ -81,7 +81,7 @@ def second_moments(decoder: Decoder, texts: Iterable[Sequence[int]], layers: Seq
         for layer in layers:
             k = keys[layer].double()
             total = (k * uses[:, None]).T @ k
-            sums[layer] = sums[layer] + total if layer in sums else total
+            sums[layer] = sums[layer].add_(total) if layer in sums else total
     if not count:
         raise ValueError("the corpus has no text")
     return {decoder.weight_name(layer): total / count for layer, total in sums.items()}
@@ -103,7 +103,12 @@ def moments(decoder: Decoder, tokenizer: Any, layers: Sequence[int], corpus: str
 
     seed: for text sampled from the model.
     """
-    about = {"model": _fingerprint(decoder.model), "corpus": _source(corpus), "tokens": tokens, "seed": seed if corpus == MODEL else None}
+    about = {
+        "model": model_fingerprint(decoder.model),
+        "corpus": _source(corpus),
+        "tokens": tokens,
+        "seed": seed if corpus == MODEL else None,
+    }
     device = decoder.embedding.weight.device
     paths = {}
     for layer in layers:
@@ -120,7 +125,7 @@ def moments(decoder: Decoder, tokenizer: Any, layers: Sequence[int], corpus: str
     return {name: load_file(path, device=str(device))["moment"] for name, path in paths.items()}
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def model_fingerprint(model: PreTrainedModel) -> str:
     """The SHA-256 of the names and bytes of all weights."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():

@@ -27,28 +27,36 @@ def identity(K: Tensor) -> Tensor:
     return K
 
 
-def covariance(moment: Tensor, weight: float, ridge: float) -> Base:
-    """C = weight E[k k^T]; moment [d_in, d_in] float64. ValueError where it is not positive definite."""
+def moment_factor(moment: Tensor) -> Tensor:
+    """The lower Cholesky factor of E[k k^T] [d_in, d_in] float64. ValueError where it is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(moment)
     if int(info):
         raise ValueError(
             f"the keys' second moment is singular (leading minor {int(info)} of {len(moment)}): the corpus has too few tokens, or all alike"
         )
+    return factor
+
+
+def covariance(factor: Tensor, weight: float, ridge: float) -> Base:
+    """C = weight E[k k^T], given by its `moment_factor`."""
     scale = ridge / weight
     return lambda K: scale * torch.cholesky_solve(K.double(), factor)
 
 
-def null_space(moment: Tensor, threshold: float) -> Base:
-    """P = Q Q^T K, Q the eigenvectors of E[k k^T] whose eigenvalues are below the threshold (Fang et al. 2024).
+def moment_null_space(moment: Tensor, threshold: float) -> Tensor:
+    """Q [d_in, m] float64: the eigenvectors of E[k k^T] whose eigenvalues are below the threshold (Fang et al. 2024).
 
-    With it a write is R K^T Pi (K K^T Pi + ridge I)^-1, Pi = Q Q^T; keys that join are seen through Pi as well. ValueError where no
-    eigenvalue is below.
+    ValueError where none is.
     """
     values, vectors = torch.linalg.eigh(moment)
     if not (values < threshold).any():
         raise ValueError(f"the keys have no null space: every eigenvalue of their second moment is {float(values[0]):.2g} or more")
-    basis = vectors[:, values < threshold].contiguous()
-    return lambda K: basis @ (basis.T @ K.double())
+    return vectors[:, values < threshold].contiguous()
+
+
+def null_space(Q: Tensor) -> Base:
+    """P = Q Q^T K: a write is R K^T Pi (K K^T Pi + ridge I)^-1, Pi = Q Q^T; keys that join are seen through Pi as well."""
+    return lambda K: Q @ (Q.T @ K.double())
 
 
 @dataclass(frozen=True)

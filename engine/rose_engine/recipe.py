@@ -76,12 +76,13 @@ class Recipe:
 
 
 ROSE = Recipe()
-# method.md section 3. The published methods that the engine can express, with the optimisation of ROSE's paper (Appendix D.3).
+# method.md section 3. The published methods that the engine can express, all with MEMIT-Merge's optimisation, which is ROSE's too
+# (Appendix D.3), so that they differ in what section 3 names alone.
 MEMIT_MERGE = replace(ROSE, name="memit_merge", texts="prefixes", columns="mean", preconditioner="covariance", sequential="plain")
 MEMIT = replace(MEMIT_MERGE, name="memit", grouping="fact")
 ALPHAEDIT = replace(MEMIT, name="alphaedit", preconditioner="null_space", sequential="protect")
-# Meng et al. 2022a, eq. 2: the key's value becomes exactly the wanted one, with the least change in the metric of the covariance. That is
-# a covariance of next to no weight, and holds for one fact in one layer: `apply` takes one fact at a time with it.
+# Meng et al. 2022a, eq. 2: the mean key's output moves by exactly the residual, with the least change in the metric of the covariance:
+# a covariance of next to no weight. That holds for one fact in one layer: `apply` takes one fact at a time with it.
 ROME = replace(MEMIT, name="rome", layers=(5,), covariance_weight=1e-4)
 # Chosen on same-subject data; what was tried stands in docs/smollm2-preset.md.
 SMOLLM2 = replace(ROSE, name="rose-smollm2", steps=40, lr=0.7, ridge=10.0, bystanders=64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 # What sampled texts begin with; common first words, so that what follows is of many kinds.
 OPENINGS = ("The", "In", "A", "It", "He", "She", "This", "When", "One", "During", "There", "We", "If", "On", "At", "For", "What", "\n")
@@ -29,11 +29,11 @@ def _sampled(model: PreTrainedModel, tokenizer: Any, openings: list[str], tokens
     pad = end if end is not None else tokenizer.pad_token_id
     on = lambda rows: torch.tensor(rows, device=model.device)  # noqa: E731
     ids, mask = on([[pad] * (width - len(o)) + o for o in opened]), on([[0] * (width - len(o)) + [1] * len(o) for o in opened])
+    # A configuration of its own: what a checkpoint brings along (a repetition penalty, a temperature) is not the model's distribution.
+    settings = GenerationConfig(max_new_tokens=tokens, do_sample=True, pad_token_id=pad, eos_token_id=end, **options)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        said = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, temperature=1.0, pad_token_id=pad, **options
-        )
+        said = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     texts = [o + row for o, row in zip(opened, said[:, width:].tolist(), strict=True)]
     return [text[: text.index(end, len(o))] if end in text[len(o) :] else text for o, text in zip(opened, texts, strict=True)]
 

@@ -131,7 +131,7 @@ def conversation():
         "speaker_a": "Ada",
         "speaker_b": "Cy",
         "session_1_date_time": "1:56 pm on 25 May, 2023",
-        "session_1": [turn(i, "I went there yesterday." if i == 2 else "Hm.") for i in range(1, 9)],
+        "session_1": [turn(i, "Jo called last week. We saw the old town yesterday!" if i == 2 else "Hm.") for i in range(1, 9)],
         "session_1_observation": {
             "Ada": [
                 ["Ada joined a small chess club last Saturday.", "D1:1"],

@@ -67,10 +67,12 @@ def test_a_subject_edited_again_keeps_its_facts(editor):
     # Its first columns no longer hold the subject; another subject's stay.
     name = next(iter(again.delta.factors))
     start = preconditioner(64, 1.0)
-    held = Memory().joined(name, start, editor.applied)
+    held = Memory().joined(name, start, editor.applied, ())
     torch.testing.assert_close(held.keys, torch.cat([other.delta.keys[name], again.delta.keys[name]], 1), rtol=0, atol=0)
     held = Memory().joined(name, start, editor.applied, {"Lin Nu"})
     torch.testing.assert_close(held.keys, other.delta.keys[name], rtol=0, atol=0)
+    every = torch.cat([delta.keys[name] for delta in editor.applied], 1)  # AlphaEdit's
+    torch.testing.assert_close(Memory().joined(name, start, editor.applied).keys, every, rtol=0, atol=0)
 
 
 def test_two_questions_of_one_fact_are_both_asked(editor):

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from rose_engine.precondition import covariance, identity, null_space, preconditioner
+from rose_engine.precondition import covariance, identity, moment_factor, moment_null_space, null_space, preconditioner
 
 from rose_kernels import rank_update_
 
@@ -32,7 +32,7 @@ def test_preconditioner_is_the_dense_one(kind, m):
     keys[:, -1:] = keys[:, :1]
     k, p = K.double(), keys.double()
     C = (RIDGE * torch.eye(D_IN, dtype=torch.float64) if kind == "identity" else 7.0 * M) + p @ p.T
-    held = preconditioner(D_IN, RIDGE, identity if kind == "identity" else covariance(M, 7.0, RIDGE))
+    held = preconditioner(D_IN, RIDGE, identity if kind == "identity" else covariance(moment_factor(M), 7.0, RIDGE))
     for some in split(keys):
         held = held.joined(some)
     P = held.apply(K)
@@ -55,7 +55,7 @@ def test_null_space_is_alphaedits_projector(m):
     k, p = K.double(), keys.double()
     system = (p @ p.T + k @ k.T) @ Pi + RIDGE * torch.eye(D_IN, dtype=torch.float64)
     wanted = R.double() @ torch.linalg.solve(system.T, Pi @ k).T
-    held = preconditioner(D_IN, RIDGE, null_space(M, threshold)).joined(keys)
+    held = preconditioner(D_IN, RIDGE, null_space(moment_null_space(M, threshold))).joined(keys)
     before = W.double()
     rank_update_(W, K, R, held.apply(K), RIDGE)
     assert (W.double() - before - wanted).norm() <= 1e-4 * wanted.norm()
@@ -65,8 +65,8 @@ def test_null_space_is_alphaedits_projector(m):
 def test_a_corpus_that_does_not_serve_is_refused():
     k = torch.randn(D_IN, 5, dtype=torch.float64)
     with pytest.raises(ValueError, match="too few tokens"):
-        covariance(k @ k.T, 1.0, 1.0)
+        moment_factor(k @ k.T)
     with pytest.raises(ValueError, match="no null space"):
-        null_space(torch.eye(D_IN, dtype=torch.float64), 1e-2)
+        moment_null_space(torch.eye(D_IN, dtype=torch.float64), 1e-2)
     with pytest.raises(ValueError, match="not positive definite"):
         preconditioner(D_IN, 1.0).joined(torch.full((D_IN, 2), torch.nan))
