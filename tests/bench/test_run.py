@@ -17,8 +17,8 @@ from rose_engine import ROSE, Editor
 from bench.methods import methods_of
 from bench.metrics import token_f1
 from bench.quality import METRICS
-from bench.run import read_lines
 from bench.suites import SUITES, by_count, summary
+from bench.tables import read_lines, read_results
 from tests.bench.test_datasets import conversation
 from tests.bench.test_quality import FILE, RECORD
 
@@ -97,7 +97,7 @@ def test_the_table_and_what_it_was_made_on(folder):
     assert table["vanilla"]["locality"] == [100.0, 0.0] and table["vanilla"]["kl_neutral"][0] == pytest.approx(0, abs=1e-6)
     about = json.loads((folder / "out" / "run.json").read_text())
     assert about["versions"]["torch"] == torch.__version__ and about["hardware"]["cores"] >= 1
-    assert about["recipes"][RECIPES.split(",")[1]]["layers"] == [1, 2] and all(record["sha256"] for record in about["model"]["weights"])
+    assert about["recipes"][RECIPES.split(",")[1]]["layers"] == [1, 2] and len(about["model"]["sha256"]) == 64
     again = subprocess.run(command(folder, "out", subjects=2), capture_output=True, text=True, timeout=300)
     assert again.returncode == 1 and "another run" in again.stderr and "`data`" in again.stderr
     lines = read_lines(folder / "out" / "results.jsonl")
@@ -114,6 +114,18 @@ def test_locomo_asks_what_was_said(folder):
     [line, _] = read_lines(folder / "out" / "results.jsonl")
     f1 = {question: token_f1(said, wanted) for question, wanted, said in line["answers"]}
     assert line["values"]["overall"] == pytest.approx(list(f1.values()), abs=1e-6)
+
+
+def test_a_subject_that_fails_is_told_and_the_others_go_on(folder, tokenizer):
+    data = json.loads((folder / "data.json").read_text())
+    text = json.dumps(data["records"][1]).replace("Islam", f"Is{tokenizer.eos_token}lam", 1)  # a special token cannot be edited
+    data["records"][1] = json.loads(text)
+    (folder / "data.json").write_text(json.dumps(data))
+    table = run(folder, "out", subjects=2, recipes="vanilla,rose[forms=2;steps=2;layers=1-2]")
+    assert 0 <= table["rose[forms=2;steps=2;layers=1-2]"]["locality"][0] <= 100
+    lines = read_lines(folder / "out" / "results.jsonl")
+    assert [("failed" in line, line["subject"]) for line in lines if line["recipe"] != "vanilla"] == [(False, NAMES[0]), (True, NAMES[1])]
+    assert "special token" in lines[-1]["failed"] and "1 results failed" in read_results(folder / "out").told()
 
 
 def test_token_f1():
