@@ -43,7 +43,7 @@ def _bars(results: Results) -> Figure:
         errors = [results.standard_error(recipe, metric) or 0.0 for metric in columns]
         axes.bar(places, [found.get(metric, [0.0])[0] for metric in columns], width, yerr=errors, label=recipe)
     axes.set_xticks(range(len(columns)), columns)
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(fontsize="small", ncols=4, loc="outside lower center")
     return figure
 
 
@@ -58,5 +58,5 @@ def _sequences(results: Results) -> dict[str, Figure]:
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(n) for n in counts])
         axes.set_xlabel("subjects edited")
-        axes.legend(fontsize="small")
+        figures[metric].legend(fontsize="small", ncols=4, loc="outside lower center")
     return figures
