@@ -141,7 +141,7 @@ def execute(job: Job, suite: suites.Suite, note: Callable[[str], None]) -> list[
         began = time.perf_counter()
         try:
             line = {**cell.key, **cell.run()}
-        except (EditError, Diverged, ValueError, torch.OutOfMemoryError) as e:  # told, and the others go on
+        except (ValueError, Diverged, torch.OutOfMemoryError) as e:  # an edit that cannot be made: told, and the others go on
             line = {**cell.key, "values": {}, "failed": f"{type(e).__name__}: {e}"}
         line["wall_s"] = round(time.perf_counter() - began, 3)
         if any(not torch.equal(weight, base[name]) for name, weight in job.editor.weights(layers).items()):
@@ -150,7 +150,8 @@ def execute(job: Job, suite: suites.Suite, note: Callable[[str], None]) -> list[
         done[key_of(cell.key)] = line
         took.setdefault(cell.key["recipe"], []).append(line["wall_s"])
         what = " ".join(str(part) for part in cell.key.values())
-        note(f"{number + 1}/{len(missing)} {what}: {line['wall_s']:.1f} s; {_left(missing[number + 1 :], took)} left")
+        how = f"failed, {line['failed']}" if "failed" in line else f"{line['wall_s']:.1f} s"
+        note(f"{number + 1}/{len(missing)} {what}: {how}; {_left(missing[number + 1 :], took)} left")
     return [done[key_of(cell.key)] for cell in cells]
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -26,20 +26,10 @@ from rose_engine.dtype import dtype_of
 from rose_engine.edits import Edit, EditError, check_consistent, group_by_fact, group_by_subject
 from rose_engine.forms import Row, bystander_rows, chat_parts
 from rose_engine.memory import Memory, facts_in, with_earlier
-from rose_engine.moments import MODEL, moments
 from rose_engine.optimize import Progress, optimize_values, subject_rows
-from rose_engine.precondition import (
-    Base,
-    Preconditioner,
-    covariance,
-    identity,
-    moment_factor,
-    moment_null_space,
-    null_space,
-    preconditioner,
-)
+from rose_engine.precondition import Preconditioner, preconditioner
+from rose_engine.readings import Readings
 from rose_engine.recipe import Recipe, preset
-from rose_engine.sample import sample_prefixes
 from rose_engine.verify import UNRELATED, Report, compare, snapshot
 from rose_engine.write import all_or_nothing, write_layers
 from rose_kernels import add_low_rank_
@@ -88,9 +78,7 @@ class Editor:
         self._base_record: dict[str, dict[str, Any]] = {}
         self._applied: list[Delta] = []
         self._memory = Memory()
-        self._prefixes: dict[int, tuple[str, ...]] = {}
-        self._moment_parts: dict[tuple[Any, ...], Tensor] = {}
-        self._moment_bases: dict[tuple[Any, ...], Base] = {}
+        self._readings = Readings(self.decoder, tokenizer, self._unedited)
 
     @classmethod
     def from_pretrained(
@@ -299,21 +287,13 @@ class Editor:
         ]
 
     def prepare(self, recipe: Recipe | None = None) -> Recipe:
-        """Make what a recipe needs once, which `apply` would make otherwise: sampled prefixes, and second moments with their factors.
+        """Have what a recipe needs once, which `apply` would see to otherwise: prefixes and second moments, read off the unedited model.
 
-        Both are read off the unedited model. Returns the recipe with its prefixes.
+        Returns the recipe with its prefixes. ValueError or OSError where its corpus does not serve.
         """
         recipe = recipe or self.recipe
         self._keep_base(recipe.layers)
-        if recipe.texts == "prefixes" and not recipe.prefixes:
-            if recipe.seed not in self._prefixes:
-                with self._unedited():
-                    self._prefixes[recipe.seed] = sample_prefixes(self.model, self.tokenizer, recipe.seed)
-            recipe = replace(recipe, prefixes=self._prefixes[recipe.seed])
-        if recipe.preconditioner != "identity":
-            for name in self.weights(recipe.layers):
-                self._moment_part(recipe, name)
-        return recipe
+        return self._readings.complete(recipe)
 
     @contextmanager
     def _unedited(self) -> Iterator[None]:
@@ -325,29 +305,10 @@ class Editor:
         finally:
             self._rewrite(applied)
 
-    def _moment_part(self, recipe: Recipe, name: str) -> Tensor:
-        """Of a weight's second moment the Cholesky factor, or the null space's basis; kept."""
-        threshold = recipe.null_threshold if recipe.preconditioner == "null_space" else None
-        about = (recipe.corpus, recipe.corpus_tokens, recipe.seed if recipe.corpus == MODEL else None, threshold)
-        if (name, *about) not in self._moment_parts:
-            with self._unedited():
-                found = moments(self.decoder, self.tokenizer, recipe.layers, recipe.corpus, recipe.corpus_tokens, recipe.seed)
-            for weight, moment in found.items():
-                part = moment_factor(moment) if threshold is None else moment_null_space(moment, threshold)
-                self._moment_parts[weight, *about] = part
-        return self._moment_parts[name, *about]
-
-    def _base_of(self, recipe: Recipe, name: str) -> Base:
-        """The base of a weight's preconditioner where it is made of a corpus; one object as long as nothing about it changes."""
-        part, scale = self._moment_part(recipe, name), (recipe.covariance_weight, recipe.ridge)
-        make = partial(null_space, part) if recipe.preconditioner == "null_space" else partial(covariance, part, *scale)
-        return self._moment_bases.setdefault((id(part), *scale), make())
-
     def _preconditioner(self, recipe: Recipe, without: Sequence[str], name: str) -> Preconditioner:
         """That of a weight: the recipe's base with the keys of earlier edits that the recipe protects; `without`: subjects done again."""
-        base = identity if recipe.preconditioner == "identity" else self._base_of(recipe, name)
         weight = self.weights()[name]
-        start = preconditioner(weight.shape[1], recipe.ridge, base, weight.device)
+        start = preconditioner(weight.shape[1], recipe.ridge, self._readings.base(recipe, name), weight.device)
         if recipe.sequential == "plain":
             return start
         return self._memory.joined(name, start, self._applied, without if recipe.sequential == "joint" else None)

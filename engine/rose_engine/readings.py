@@ -1,0 +1,62 @@
+"""What recipes read off the unedited model, once: sampled prefixes, and second moments with their factors.
+
+RoSE needs none of it; MEMIT's and AlphaEdit's recipes do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from rose_engine.architecture import Decoder
+from rose_engine.moments import MODEL, moments
+from rose_engine.precondition import Base, covariance, identity, moment_factor, moment_null_space, null_space
+from rose_engine.recipe import Recipe
+from rose_engine.sample import sample_prefixes
+
+
+class Readings:
+    """Kept as long as the model is. unedited: a context in which the model has its unedited weights."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Any, unedited: Callable[[], AbstractContextManager[None]]):
+        self._decoder, self._tokenizer, self._unedited = decoder, tokenizer, unedited
+        self._prefixes: dict[int, tuple[str, ...]] = {}
+        self._parts: dict[tuple[Any, ...], Tensor] = {}
+        self._bases: dict[tuple[Any, ...], Base] = {}
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """Read what a recipe needs; returns it with its prefixes."""
+        if recipe.texts == "prefixes" and not recipe.prefixes:
+            if recipe.seed not in self._prefixes:
+                with self._unedited():
+                    self._prefixes[recipe.seed] = sample_prefixes(self._decoder.model, self._tokenizer, recipe.seed)
+            recipe = replace(recipe, prefixes=self._prefixes[recipe.seed])
+        for layer in recipe.layers:
+            self.base(recipe, self._decoder.weight_name(layer))
+        return recipe
+
+    def base(self, recipe: Recipe, name: str) -> Base:
+        """What a weight's preconditioner is made on: the same object as long as nothing about it changes."""
+        if recipe.preconditioner == "identity":
+            return identity
+        part, scale = self._part(recipe, name), (recipe.covariance_weight, recipe.ridge)
+        make = partial(null_space, part) if recipe.preconditioner == "null_space" else partial(covariance, part, *scale)
+        return self._bases.setdefault((id(part), *scale), make())
+
+    def _part(self, recipe: Recipe, name: str) -> Tensor:
+        """Of a weight's second moment the Cholesky factor, or the null space's basis."""
+        threshold = recipe.null_threshold if recipe.preconditioner == "null_space" else None
+        about = (recipe.corpus, recipe.corpus_tokens, recipe.seed if recipe.corpus == MODEL else None, threshold)
+        if (name, *about) not in self._parts:
+            with self._unedited():
+                found = moments(self._decoder, self._tokenizer, recipe.layers, recipe.corpus, recipe.corpus_tokens, recipe.seed)
+            for weight, moment in found.items():
+                if (weight, *about) not in self._parts:
+                    part = moment_factor(moment) if threshold is None else moment_null_space(moment, threshold)
+                    self._parts[weight, *about] = part
+        return self._parts[name, *about]
