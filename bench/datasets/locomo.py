@@ -26,8 +26,11 @@ from bench.metrics import chat_probe
 
 KINDS = {4: "single_hop", 1: "multi_hop", 2: "temporal"}
 LEAST_FACTS = 5
-# Of an observation's words after the name, this share is the prompt, two words at least; the rest is the target.
-PROMPT_SHARE = 0.35
+# Of an observation's words after the name the first clause is the fact, if it has so many words; its last words are the target, no more
+# than TARGET_WORDS, and two at least are the prompt. One value has to hold all targets of an edit, so they are kept short.
+CLAUSE_WORDS = 4
+TARGET_WORDS = 4
+_CLAUSE = re.compile(r",|;|\b(?:and|but|which|because|while|after|before|since|so|as|that|despite|including)\b")
 # Beginnings of words that say nothing of what a sentence is about.
 _COMMON = frozenset(
     ("been", "with", "that", "this", "have", "from", "about", "some", "their", "they", "just", "last", "week", "month", "year", "felt")
@@ -119,16 +122,23 @@ def _facts(turn: Turn) -> Iterator[Edit]:
         when = resolved(sentence, turn.day)
         said = when or _said_of(sentence.replace(person, ""), turn)
         before, named, after = (when[0] if when else sentence).partition(person)
-        words = after.strip().rstrip(".").split()
+        words = _clause(after).split()
         if not named or len(words) < 3:
             continue
         lead = f"{before}{{}}{'' if after[:1] in ('', chr(39)) else ' '}"  # a name may be followed by 's
-        split = max(2, round(PROMPT_SHARE * len(words)))
+        split = max(2, len(words) - TARGET_WORDS)
         yield Edit(person, lead + " ".join(words[:split]), " ".join(words[split:]))
         if said:
             preposition, _, rest = said[1].partition(" ")
             prompt, dated = lead + " ".join(words), preposition in ("on", "in")
             yield Edit(person, f"{prompt} {preposition}" if dated else prompt, rest if dated else said[1])
+
+
+def _clause(after: str) -> str:
+    """What follows a name up to the end of the first clause that says something."""
+    text = after.strip().rstrip(".")
+    ends = (m.start() for m in _CLAUSE.finditer(text) if len(text[: m.start()].split()) >= CLAUSE_WORDS)
+    return text[: next(ends, len(text))].strip()
 
 
 def _said_of(sentence: str, turn: Turn) -> tuple[str, str] | None:
