@@ -16,6 +16,7 @@ from bench.methods import methods_of
 from bench.metrics import contains
 
 
+@torch.no_grad()
 def test_perplexity_and_drift_are_the_models(make_model, tokenizer):
     model = make_model(initializer_range=0.2)
     unedited, _ = predictions(model, tokenizer)
@@ -28,12 +29,11 @@ def test_perplexity_and_drift_are_the_models(make_model, tokenizer):
     assert same["perplexity"] == pytest.approx(math.exp(float(sum(nll)) / tokens), rel=1e-4) and same["kl_neutral"] == pytest.approx(
         0, abs=1e-6
     )
-    with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight += 0.3 * torch.randn_like(model.model.layers[2].mlp.down_proj.weight)
-        now = predictions(model, tokenizer)[0]
-        wanted = torch.nn.functional.kl_div(now, unedited, log_target=True, reduction="none").sum(-1).mean()
-        assert ability(model, tokenizer, unedited)["kl_neutral"] == pytest.approx(float(wanted), rel=1e-4) and float(wanted) > 1e-3
-        model.model.layers[2].mlp.down_proj.weight += torch.nan
+    model.model.layers[2].mlp.down_proj.weight += 0.3 * torch.randn_like(model.model.layers[2].mlp.down_proj.weight)
+    now = predictions(model, tokenizer)[0]
+    wanted = torch.nn.functional.kl_div(now, unedited, log_target=True, reduction="none").sum(-1).mean()
+    assert ability(model, tokenizer, unedited)["kl_neutral"] == pytest.approx(float(wanted), rel=1e-4) and float(wanted) > 1e-3
+    model.model.layers[2].mlp.down_proj.weight += torch.nan
     assert math.isnan(ability(model, tokenizer, unedited)["kl_neutral"])  # a broken model does not look untouched
 
 
