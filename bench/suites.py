@@ -6,11 +6,11 @@ the key's fields, `values` (metric -> one number a probe) and what the run cost.
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
+from hashlib import sha256
 from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import fmean
@@ -44,6 +44,11 @@ class Job:
     seeds: int
     out: Path
 
+    @cached_property
+    def predictions(self) -> torch.Tensor:
+        """What the model predicts on the texts of `bench.ability`; asked for the first time before anything is edited."""
+        return predictions(self.editor.model, self.editor.tokenizer)[0]
+
     def seeds_of(self, method: Method) -> range:
         """The seeds with which a method runs: the first alone where it samples nothing."""
         return range(self.seeds if method.seeded else 1)
@@ -76,7 +81,6 @@ def alone(job: Job, asked: Sequence[str] = METRICS) -> Iterator[Cell]:
     if "instructed" in asked and not any(case.questions for subject in data.subjects for case in subject.cases):
         raise SystemExit(f"{job.data} has no questions to ask; take the suite `declarative`")
     editor = job.editor
-    plain = cache(lambda: predictions(editor.model, editor.tokenizer)[0])
 
     for subject in data.subjects:
         probes = cache(lambda subject=subject: _only(probes_of(editor.tokenizer, subject, data), asked))
@@ -85,7 +89,7 @@ def alone(job: Job, asked: Sequence[str] = METRICS) -> Iterator[Cell]:
             for seed in job.seeds_of(method):
 
                 def run(subject=subject, probes=probes, unedited=unedited, method=method, seed=seed) -> dict[str, Any]:
-                    before, base = unedited(), plain()
+                    before, base = unedited(), job.predictions
                     with edited(editor, method, [subject.edits], seed) as cost:
                         scores = score(editor, probes(), before)
                         values = {metric: rounded(some) for metric, some in scores.values.items()} | general(
@@ -109,7 +113,6 @@ def sequence(job: Job) -> Iterator[Cell]:
     """
     data = load(job.data, job.limit)
     editor = job.editor
-    plain = cache(lambda: predictions(editor.model, editor.tokenizer)[0])
     probes = [cache(lambda subject=subject: probes_of(editor.tokenizer, subject, data)) for subject in data.subjects]
     unedited = [cache(lambda asked=asked: read(editor, asked())) for asked in probes]
     counts = [count for count in COUNTS if count < len(data.subjects)] + [len(data.subjects)]
@@ -118,11 +121,12 @@ def sequence(job: Job) -> Iterator[Cell]:
             for count in counts:
 
                 def run(name=name, method=method, seed=seed, count=count) -> dict[str, Any]:
-                    before, base = [one() for one in unedited[:count]], plain()
+                    before, base = [one() for one in unedited[:count]], job.predictions
                     subjects, values, answers = data.subjects[:count], {}, []
                     # A recipe's edits are written here, deltas kept; a baseline's within its own context.
                     kept = method.recipe is not None
-                    folder = job.out / "sequences" / f"{re.sub('[^a-z0-9_]+', '-', name)}.{seed}"
+                    # Settings in a name may hold what a path may not.
+                    folder = job.out / "sequences" / f"{name.partition('[')[0]}-{sha256(name.encode()).hexdigest()[:12]}.{seed}"
                     try:
                         if kept:
                             _go_on(job, method, subjects, seed, folder)
@@ -160,14 +164,13 @@ def _go_on(job: Job, method: Method, subjects: Sequence[SubjectCases], seed: int
 def conversations(job: Job) -> Iterator[Cell]:
     """What people said in conversations, 5 to 10 facts of one person at a time; the questions that rest on them are then answered."""
     editor = job.editor
-    plain = cache(lambda: predictions(editor.model, editor.tokenizer)[0])
     for batch in _spread(locomo.load(job.data, LOCOMO_FACTS).batches, job.limit):
         texts = [locomo.ask(editor.tokenizer, question.text) for question in batch.questions]
         for name, method in job.methods.items():
             for seed in job.seeds_of(method):
 
                 def run(batch=batch, texts=texts, method=method, seed=seed) -> dict[str, Any]:
-                    base = plain()
+                    base = job.predictions
                     with edited(editor, method, [list(batch.edits)], seed) as cost:
                         said = generate(editor.model, editor.tokenizer, texts, 32, chat=bool(editor.tokenizer.chat_template))
                         values = general(job, base, said)
