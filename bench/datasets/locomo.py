@@ -26,11 +26,14 @@ from bench.metrics import chat_probe
 
 KINDS = {4: "single_hop", 1: "multi_hop", 2: "temporal"}
 LEAST_FACTS = 5
-# Of an observation's words after the name the first clause is the fact, if it has so many words; its last words are the target, no more
-# than TARGET_WORDS, and two at least are the prompt. One value has to hold all targets of an edit, so they are kept short.
+# Of an observation's words after the name the first clause or phrase is the fact, if it has so many words; its last words are the
+# target, no more than TARGET_WORDS, and two at least are the prompt. One value has to hold all targets of an edit, so they are kept short.
 CLAUSE_WORDS = 4
 TARGET_WORDS = 4
-_CLAUSE = re.compile(r",|;|\b(?:and|but|which|because|while|after|before|since|so|as|that|despite|including)\b")
+_CLAUSE = re.compile(
+    r",|;|\b(?:and|but|which|because|while|after|before|since|so|as|that|despite|including|"
+    r"(?:with|about|at|by|for|in|of|on|through|to)(?! (?:over )?\d))\b"  # how long, how many: that is what gets asked
+)
 # Beginnings of words that say nothing of what a sentence is about.
 _COMMON = frozenset(
     ("been", "with", "that", "this", "have", "from", "about", "some", "their", "they", "just", "last", "week", "month", "year", "felt")
@@ -131,7 +134,8 @@ def _facts(turn: Turn) -> Iterator[Edit]:
         if said:
             preposition, _, rest = said[1].partition(" ")
             prompt, dated = lead + " ".join(words), preposition in ("on", "in")
-            yield Edit(person, f"{prompt} {preposition}" if dated else prompt, rest if dated else said[1])
+            asked = f"When was it that {prompt.replace('{}', person)}?"
+            yield Edit(person, f"{prompt} {preposition}" if dated else prompt, rest if dated else said[1], asked)
 
 
 def _clause(after: str) -> str:

@@ -33,6 +33,9 @@ DtypeOption = Annotated[
     typer.Option(help="auto: the faster of float32 and bfloat16 here. Default: the checkpoint's."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+OthersOption = Annotated[
+    Path | None, typer.Option(help="File of subjects, one a line, that must not change. Default: a few everyday ones.")
+]
 
 
 @contextmanager
@@ -80,6 +83,8 @@ def edit(
     model: ModelOption = "smollm2",
     format: Annotated[str | None, typer.Option(help="jsonl, json or csv; default: by the file's name.")] = None,
     factors: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the delta's file; bfloat16 halves it, rounded.")] = "float32",
+    certify: Annotated[bool, typer.Option(help="Measure the edit's geometry and keep the certificate in the delta.")] = False,
+    others: OthersOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
@@ -94,17 +99,22 @@ def edit(
         facts = read_edits(edits, format)
     if out.exists() and not out.is_dir():  # said before minutes of work, not after
         raise EditError("is not a directory", str(out))
+    names = _names(others)
     editor = load_editor(model, dtype, device)
     with progress_on_terminal("optimising") as progress:
-        result = editor.apply(facts, progress=progress)
+        result = editor.apply(facts, certify=certify, others=names, progress=progress)
     result.delta.save(out / "delta.safetensors", getattr(torch, factors))
     record = {"seconds": result.seconds, "steps": result.steps, "loss": result.loss, **result.report.as_dict()}
+    if result.certificate:
+        record["certificate"] = result.certificate.as_dict()
     with replacing(out / "report.json") as temporary:
         temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", "utf-8")
     if as_json:
         print(json.dumps(record, ensure_ascii=False))
         return
     print_report(result.report)
+    if result.certificate:
+        print_certificate(result.certificate)
     errors.print(f"{sum(result.seconds.values()):.1f} s; wrote {out / 'delta.safetensors'}", markup=False)
 
 
@@ -120,6 +130,32 @@ def print_report(report) -> None:
     console.print(table)
     stayed = sum(u.stayed for u in report.unrelated)
     console.print(f"unrelated prompts that kept their answer: {stayed} of {len(report.unrelated)}")
+
+
+def print_certificate(certificate) -> None:
+    """The certificate as tables on standard output."""
+    table = Table(
+        "subject", "R", "D question", "D instructed", "R - D", "verdict", "nearest edited subject", title="tolerance and deviation"
+    )
+    for subject in certificate.subjects:
+        told = [f"{x:.1f}" for x in (subject.radius, *subject.deviation.values(), subject.margin["instructed"])]
+        nearest = ", ".join(f"{name} {cosine:.2f}{' (near)' if name in subject.near else ''}" for name, cosine in subject.neighbours[:1])
+        table.add_row(*map(_plain, (subject.subject, *told, "D <= R" if subject.holds else "D > R", nearest)))
+    console = Console(highlight=False)
+    console.print(table)
+    if certificate.others:
+        table = Table("not edited", "moved, of the edited", "nearest edited subject", "cosine", title="interference")
+        for other in certificate.others:
+            table.add_row(*map(_plain, (other.subject, f"{other.shift:.1%}", other.nearest, f"{other.cosine:.2f}")))
+        console.print(table)
+
+
+def _names(path: Path | None) -> list[str] | None:
+    """The lines of a file of names; None where there is no file."""
+    if path is None:
+        return None
+    with _readable(str(path)):
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
 
 
 def _plain(text: str):
@@ -140,6 +176,7 @@ def stream(
     rejects: Annotated[Path | None, typer.Option(help="JSONL file for lines that cannot be used. Default: LEDGER/rejects.jsonl.")] = None,
     strict: Annotated[bool, typer.Option(help="Stop at the first line that cannot be used.")] = False,
     require_success: Annotated[bool, typer.Option(help="Take back, alone, each fact that the model does not say afterwards.")] = False,
+    require_certificate: Annotated[bool, typer.Option(help="Take back each subject whose deviation exceeds its tolerance radius.")] = False,
     max_wait: Annotated[float | None, typer.Option(help="Seconds that a begun batch waits for more lines. Default: without end.")] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
@@ -161,14 +198,16 @@ def stream(
                     lines.seek(0)
         name = name or ("<stdin>" if edits == "-" else str(Path(edits).resolve()))
         progress = stack.enter_context(progress_on_terminal("optimising"))
-        options = {"rejects": rejects, "strict": strict, "require_success": require_success, "max_wait": max_wait}
+        options = {"rejects": rejects, "strict": strict, "max_wait": max_wait}
+        options |= {"require_success": require_success, "require_certificate": require_certificate}
         steps = run(editor, ledger, lines, name, progress=progress, **options)
         for step in steps:
             for fact in step.failed:
-                errors.print(f"not said: {fact.prompt.replace('{}', fact.subject)} {fact.target}", markup=False)
+                why = "not said" if fact.prompt_after.success < 1 else "not certified"
+                errors.print(f"{why}: {fact.prompt.replace('{}', fact.subject)} {fact.target}", markup=False)
             done += step.commit.edits
             rate = done / (time.perf_counter() - began)
-            failed = f", not said: {len(step.failed)}" if step.failed else ""
+            failed = f", failed: {len(step.failed)}" if step.failed else ""
             failed += f", rejected so far: {step.rejected}" if step.rejected else ""
             left = f", {_duration((total - step.lines) / rate)} left" if total else ""
             read = f"{step.lines} of {total}" if total else f"{step.lines}"
@@ -256,6 +295,36 @@ def compact(
     commit = book.compact(_existing(ledger), out, tolerance)
     size = book.delta_file(out, commit.number).stat().st_size
     print(f"{commit.edits} edits in one delta of {size:,} bytes, relative error {commit.note['compacted']['error']:.1e}: {out}")
+
+
+@app.command()
+def diagnose(
+    source: Annotated[Path, typer.Argument(help="A delta file, or the directory of a ledger.")],
+    model: ModelOption = "smollm2",
+    others: OthersOption = None,
+    plot: Annotated[Path | None, typer.Option(help="Write plots (PNG) and a page (HTML) into this directory.")] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON on standard output.")] = False,
+) -> None:
+    """Measure the geometry of edits: tolerance radius, deviation by form, neighbours, interference with others."""
+    from rose_engine import ledger as book
+    from rose_engine.certificate import subject_keys
+    from rose_engine.delta import Delta
+
+    deltas = book.deltas(source) if source.is_dir() else [Delta.load(source)]
+    names = _names(others)
+    if plot:
+        from rose_engine.diagrams import write_page  # says at once where matplotlib is missing
+    editor = load_editor(model, dtype, device)
+    certificate = editor.diagnose(deltas, others=names)
+    if as_json:
+        print(json.dumps(certificate.as_dict(), ensure_ascii=False))
+    else:
+        print_certificate(certificate)
+    if plot:
+        last = editor.decoder.weight_name(max(int(layer) for layer in certificate.subjects[0].by_layer))
+        errors.print(f"wrote {write_page(plot, certificate, subject_keys(last, deltas))}", markup=False)
 
 
 @app.command()

@@ -38,8 +38,8 @@ class Delta:
 
     metadata: JSON values. `base` holds, for each edited weight of the model the delta was made on, name, shape, dtype and SHA-256;
     `parent` the `state_id` of the deltas that were in the weights then, and `below` their number; `edits`, `recipe`, `report`,
-    `versions` and `created` say what was done. `subjects` and `columns` [m] say which subject each key is of. keys: of all weights
-    or, where the change is all that is kept, of none.
+    `versions` and `created` say what was done, `certificate` what it is worth where that was asked for. `subjects` and `columns` [m] say
+    which subject each key is of. keys: of all weights or, where the change is all that is kept, of none.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -171,6 +171,8 @@ def _check_facts(metadata: Mapping[str, Any], path: str | Path) -> None:
     edits = metadata.get("edits")
     if not isinstance(edits, list) or not isinstance(metadata.get("recipe"), dict | None):
         raise DeltaError(f"{path}: does not say which edits it holds")
+    if not isinstance(metadata.get("certificate"), dict | None):
+        raise DeltaError(f"{path}: its certificate is none")
     for edit in edits:
         edit_of(edit, path)
     columns, subjects = metadata.get("columns", []), metadata.get("subjects", [])

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,15 +21,17 @@ from rose_engine import embedded
 from rose_engine import stream as streaming
 from rose_engine.adapter import Adapter
 from rose_engine.architecture import decoder_of
+from rose_engine.certificate import Certificate, Observation, certificate_of, observation, subject_keys
 from rose_engine.delta import FORMAT, Delta, DeltaError, check_record, fingerprint, state_id
 from rose_engine.dtype import dtype_of
-from rose_engine.edits import Edit, EditError, check_consistent, group_by_fact, group_by_subject
+from rose_engine.edits import Edit, EditError, Subject, check_consistent, group_by_fact, group_by_subject
 from rose_engine.forms import Row, bystander_rows, chat_parts
-from rose_engine.memory import Memory, facts_in, with_earlier
-from rose_engine.optimize import Progress, optimize_values, subject_rows
+from rose_engine.geometry import State
+from rose_engine.memory import Memory, facts_in, latest, with_earlier
+from rose_engine.optimize import Progress, Values, optimize_values, subject_rows
 from rose_engine.precondition import Preconditioner, preconditioner
 from rose_engine.readings import Readings
-from rose_engine.recipe import Recipe, preset
+from rose_engine.recipe import ROSE, Recipe, preset
 from rose_engine.verify import UNRELATED, Report, compare, snapshot
 from rose_engine.write import all_or_nothing, write_layers
 from rose_kernels import add_low_rank_
@@ -39,14 +41,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What `Editor.apply` did: the delta that was written, the verification (None where it was not asked for), seconds by stage
-    (prepare, optimise, write, verify), and for each subject, in order of first appearance, its Adam steps and last mean loss."""
+    """What `Editor.apply` did: the delta that was written, the verification and the certificate (None where they were not asked for),
+    seconds by stage (prepare, optimise, write, verify, certify), and the values, of each subject in order of first appearance."""
 
     delta: Delta
     report: Report | None
+    certificate: Certificate | None
     seconds: dict[str, float]
-    steps: list[int]
-    loss: list[float]
+    values: Values
+
+    @property
+    def steps(self) -> list[int]:
+        """Adam steps of each subject."""
+        return self.values.steps.tolist()
+
+    @property
+    def loss(self) -> list[float]:
+        """The last mean loss of each subject."""
+        return self.values.loss.tolist()
 
 
 def versions() -> dict[str, str]:
@@ -113,14 +125,18 @@ class Editor:
         recipe: Recipe | None = None,
         verify: bool = True,
         unrelated: Sequence[str] = UNRELATED,
+        certify: bool = False,
+        others: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> Result:
         """Write edits into the model: all of them, or none where an exception is raised.
 
         A recipe whose `sequential` is "joint" leaves what earlier edits wrote where it is, and optimises a subject that was edited before
         with all its facts; of two targets for one prompt the later replaces the earlier.
-        verify: read the facts and the `unrelated` prompts before and after. EditError names an edit that cannot be used;
-        Diverged names the subjects whose optimisation did; ValueError where the weights' system cannot be solved.
+        verify: read the facts and the `unrelated` prompts before and after. certify: measure the edit's geometry, a few seconds a
+        subject on a CPU, and keep the certificate in the delta; `others`: subjects that must not change (None: a few everyday ones).
+        EditError names an edit that cannot be used; Diverged names the subjects whose optimisation did; ValueError where the weights'
+        system cannot be solved.
         """
         edits, recipe = list(edits), recipe or self.recipe
         if not edits:
@@ -139,6 +155,8 @@ class Editor:
         clock("prepare")
         before = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
         clock("verify")
+        seen = observation(self.tokenizer, edits, others, recipe.layers) if certify else None
+        unedited = seen.read(self.decoder) if seen else None
         values = optimize_values(self.decoder, plans, recipe, progress, clock)
         rows = [row for plan in plans for row in plan.facts]
         owner = [s for s, plan in enumerate(plans) for _ in plan.facts]
@@ -166,9 +184,13 @@ class Editor:
             }
             factors = {name: (U.cpu(), V.cpu()) for name, (U, V) in written.factors.items()}
             delta = Delta(factors, metadata, {name: K.contiguous().cpu() for name, K in written.keys.items()})
+            certificate = self._certify(seen, unedited, [delta], self._applied, _gradients(subjects, values)) if seen else None
+            if certificate:
+                delta = replace(delta, metadata=metadata | {"certificate": certificate.as_dict()})
+                clock("certify")
             self._applied.append(delta)
         log.info("applied %d edits of %d subjects in %.2f s", len(edits), len(subjects), sum(clock.seconds.values()))
-        return Result(delta, report, clock.seconds, values.steps.tolist(), values.loss.tolist())
+        return Result(delta, report, certificate, clock.seconds, values)
 
     def load(self, delta: Delta) -> None:
         """Write a delta, as made by `apply`, into the model: the same bits. DeltaError where it belongs to another base, or was made
@@ -191,6 +213,40 @@ class Editor:
         if place is None:
             raise ValueError("this edit is not in the weights; `editor.applied` lists those that are")
         self._rewrite(self._applied[:place] + self._applied[place + 1 :])
+
+    def diagnose(self, deltas: Sequence[Delta], *, others: Sequence[str] | None = None) -> Certificate:
+        """The certificate of what the deltas hold, all together, on the base; the weights are afterwards as they were.
+
+        others: subjects that must not change (None: a few everyday ones). DeltaError where one belongs to another base, or the first
+        was made on top of others.
+        """
+        if not deltas or deltas[0].metadata["below"]:
+            raise DeltaError("deltas are diagnosed with those below them: give all, in their order, as `ledger.deltas` does")
+        layers = sorted({layer for delta in deltas for layer in self._check_base(delta)})
+        edits, applied = latest(facts_in(deltas)), self._applied
+        seen, subjects = observation(self.tokenizer, edits, others, layers), group_by_subject(edits)
+        try:
+            self._rewrite([])
+            unedited = seen.read(self.decoder)
+            plans = [subject_rows(self.decoder, self.tokenizer, subject, replace(ROSE, layers=tuple(layers))) for subject in subjects]
+            first = optimize_values(self.decoder, plans, replace(ROSE, layers=tuple(layers), steps=1))
+            self._rewrite(list(deltas))
+            return self._certify(seen, unedited, deltas, [], _gradients(subjects, first))
+        finally:
+            self._rewrite(applied)
+
+    def _certify(
+        self, seen: Observation, unedited: State, deltas: Sequence[Delta], earlier: Sequence[Delta], gradients: dict[str, Tensor]
+    ) -> Certificate:
+        """The certificate of the deltas, which are in the weights; `earlier` are those that were there before."""
+        name, device = self.decoder.weight_name, unedited.hidden.device
+        factors = {}
+        for layer in seen.layers:
+            some = [delta.factors[name(layer)] for delta in deltas if name(layer) in delta.factors]
+            factors[layer] = tuple(torch.cat(parts, 1 - i).to(device) for i, parts in enumerate(zip(*some, strict=True)))
+        keys = subject_keys(name(seen.layers[-1]), [*earlier, *deltas])
+        keys = {subject: key.to(device) for subject, key in keys.items()}
+        return certificate_of(self.decoder, seen, unedited, seen.read(self.decoder), factors, keys, gradients)
 
     @contextmanager
     def preview(self, edits: Iterable[Edit], **options: Any) -> Iterator[Result]:
@@ -329,6 +385,11 @@ class Editor:
         for record in delta.metadata["base"]:
             check_record(self._base_record[record["name"]], record)
         return layers
+
+
+def _gradients(subjects: Sequence[Subject], values: Values) -> dict[str, Tensor]:
+    """Of each subject the centroids of its relations."""
+    return dict(zip((s.name for s in subjects), values.centroids.split([len(s.edits) for s in subjects]), strict=True))
 
 
 class _Clock:

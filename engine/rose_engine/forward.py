@@ -2,7 +2,8 @@
 
 `prepare` computes, for a set of rows, the hidden states after layer L and the keys and values that suffixes need of their
 prefixes above L; `pack` lays out some of the rows for stepping. `suffix_step` is a step: inject, layers L + 1 and up, loss at the
-targets alone. Weights never take a gradient. Layers that `block` knows are run by it, all others by the library.
+targets alone, and its gradient; `suffix_nll` is the loss alone. Weights never take a gradient. Layers that `block` knows are run
+by it, all others by the library.
 Where a layer stands and what it is called is `architecture`'s; which tokens are run is `packing`'s.
 """
 
@@ -191,6 +192,19 @@ def suffix_step(batch: Batch, delta: Tensor, subject: Tensor) -> Step:
     nll, kl, grad = step(batch, hidden, count)
     loss = nll.new_zeros(len(s.row)).index_add(0, s.target_row, nll) / count
     return Step(nll, loss.index_add(0, batch.neutral, kl), grad)
+
+
+@torch.no_grad()
+def suffix_nll(batch: Batch, delta: Tensor, subject: Tensor) -> Tensor:
+    """-log P [T] of every target token with delta [S, d] injected for subject [B] at each row's subject token: a step's forward pass."""
+    s, p = batch.suffixes, batch.prepared
+    hidden = inject(batch.hidden, delta, s.start, subject)
+    if p.blocks is None:
+        top = p.decoder.norm(run_layers(p.decoder, hidden, s.position, p.layers, batch.layout)[s.predict])
+    else:
+        top, _ = block.forward(p.blocks, batch.layout, hidden, s.predict, p.space)
+        top = rms_norm(top, *block.norm_of(p.decoder.norm))
+    return target_nll(top, p.decoder.head, s.target)
 
 
 def _library_step(batch: Batch, hidden: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,6 +26,7 @@ from rose_engine.recipe import Recipe
 from rose_engine.verify import FactReport, fact_rows
 
 if TYPE_CHECKING:  # `Editor.stream` is this module's
+    from rose_engine.certificate import Certificate
     from rose_engine.editor import Editor, Result
 
 # Suffix tokens of the subjects that one batch takes: about four subjects with four facts.
@@ -37,7 +38,8 @@ REJECTS = "rejects.jsonl"
 @dataclass(frozen=True)
 class Step:
     """A committed batch. lines: consumed of the stream in all. failed: facts that the model does not say with the edit's own prompt; with
-    `require_success` they were taken back. rejected: lines that went to the rejects file since the stream was started."""
+    `require_success` they were taken back, with `require_certificate` also those of subjects whose D exceeds R. rejected: lines that
+    went to the rejects file since the stream was started."""
 
     commit: ledger.Commit
     result: Result
@@ -102,6 +104,7 @@ def stream(
     rejects: str | Path | None = None,
     strict: bool = False,
     require_success: bool = False,
+    require_certificate: bool = False,
     batch_tokens: int = STREAM_TOKENS,
     max_wait: float | None = None,
     progress: Progress | None = None,
@@ -113,7 +116,8 @@ def stream(
     is read again because no commit followed it is noted again. strict: raise EditError or Diverged at the first line that cannot
     be used, after what came before it was committed.
     max_wait: seconds that a begun batch waits for more lines, where they are read from something that may pause; None: without end.
-    require_success: take back, alone, each fact that the model does not say afterwards with the edit's own prompt. LedgerError
+    require_success: take back, alone, each fact that the model does not say afterwards with the edit's own prompt. require_certificate:
+    take back each subject whose deviation exceeds its radius (`certificate`), and keep the certificates in the deltas. LedgerError
     where another process writes the ledger or it is damaged. Whatever is raised, the weights are as after the last commit that was made.
     """
     recipe = recipe or editor.recipe
@@ -126,7 +130,7 @@ def stream(
         refused = Rejects(Path(path) / file, last["rejects"] if _last_writer(writer.commits, file) == name else None)
         try:
             for batch, consumed, sha256 in _batches(editor, rest, recipe, refused, strict, batch_tokens, max_wait):
-                result, failed = _apply(editor, batch, recipe, require_success, strict, refused, progress)
+                result, failed = _apply(editor, batch, recipe, require_success, require_certificate, strict, refused, progress)
                 if result is None:
                     continue
                 try:
@@ -265,15 +269,16 @@ def _apply(
     batch: list[_Line],
     recipe: Recipe,
     require_success: bool,
+    require_certificate: bool,
     strict: bool,
     refused: Rejects,
     progress: Progress | None,
 ) -> tuple[Result | None, tuple[FactReport, ...]]:
-    """Apply a batch without the subjects that diverge, with require_success without the facts that failed. None where nothing is left."""
+    """Apply a batch without the subjects that diverge, and without the facts that fail what is required. None where nothing is left."""
     taken_back: list[FactReport] = []
     while batch:
         try:
-            result = editor.apply([line.edit for line in batch], recipe=recipe, progress=progress)
+            result = editor.apply([line.edit for line in batch], recipe=recipe, certify=require_certificate, progress=progress)
         except Diverged as e:
             if strict:
                 raise
@@ -283,12 +288,25 @@ def _apply(
                     refused.add(line.number, line.text, f"could not be applied: {e}")
             batch = [line for line in batch if line.edit.subject.strip() not in names]
             continue
-        wrong = [(line, fact) for line, fact in zip(batch, result.report.facts, strict=True) if fact.prompt_after.success < 1]
-        if not (wrong and require_success):
-            return result, (*taken_back, *(fact for _, fact in wrong))
+        facts = result.report.facts
+        unsaid = {i: f"the model says {f.prompt_after.says!r} after the edit" for i, f in enumerate(facts) if f.prompt_after.success < 1}
+        loose = _loose(result.certificate, facts) if require_certificate else {}
+        wrong = loose | unsaid if require_success else loose
+        if not wrong:
+            return result, (*taken_back, *(facts[i] for i in unsaid))
         editor.revert(result)
-        taken_back += [fact for _, fact in wrong]
-        for line, fact in wrong:
-            refused.add(line.number, line.text, f"the model says {fact.prompt_after.says!r} after the edit; taken back")
-        batch = [line for line in batch if all(line is not other for other, _ in wrong)]
+        for i, reason in sorted(wrong.items()):
+            taken_back.append(facts[i])
+            refused.add(batch[i].number, batch[i].text, f"{reason}; taken back")
+        batch = [line for i, line in enumerate(batch) if i not in wrong]
     return None, ()
+
+
+def _loose(certificate: Certificate, facts: Sequence[FactReport]) -> dict[int, str]:
+    """Of the facts whose subject's deviation exceeds its radius why they are taken back, by their place."""
+    short = {
+        s.subject: f"its radius {s.radius:.3g} is below its deviation {s.deviation['instructed']:.3g}"
+        for s in certificate.subjects
+        if not s.holds
+    }
+    return {i: short[fact.subject.strip()] for i, fact in enumerate(facts) if fact.subject.strip() in short}
