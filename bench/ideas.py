@@ -19,12 +19,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rose_engine import ROSE, Editor
+from rose_engine import Editor
 from rose_engine.edits import group_by_subject
 from rose_engine.forms import Row
 from rose_engine.forward import pack, prepare, run_tree, suffix_step
 from rose_engine.optimize import STEP_TOKENS, subject_rows
 from rose_engine.packing import inputs, split_rows
+from rose_engine.recipe import ROSE_PAPER
 
 from bench.output import add_json, emit
 from bench.speed import facts_of
@@ -105,8 +106,8 @@ def savings(model: str, facts: int, repeats: int) -> list[Saving]:
     native.served()
     editor = Editor.from_pretrained(model, dtype="float32")
     (subject,) = group_by_subject(facts_of(1, facts))
-    plan = subject_rows(editor.decoder, editor.tokenizer, subject, ROSE)
-    rows, L = [*plan.facts, plan.neutral], ROSE.last_layer
+    plan = subject_rows(editor.decoder, editor.tokenizer, subject, ROSE_PAPER)
+    rows, L = [*plan.facts, plan.neutral], ROSE_PAPER.last_layer
     make = lambda rows: stepper(editor, rows, L)  # noqa: E731
     step, out = make(rows), []
 

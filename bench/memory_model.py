@@ -76,7 +76,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """The prediction's parts, and the measured peak_mb."""
     from dataclasses import replace
 
-    from rose_engine import ROSE, Editor
+    from rose_engine import Editor
+    from rose_engine.recipe import ROSE_PAPER
 
     from bench.memory import Memory
     from bench.speed import facts_of
@@ -84,7 +85,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
     native.served()
     editor = Editor.from_pretrained(args.model, dtype=args.dtype)
-    edits, recipe = facts_of(args.subjects, args.facts), replace(ROSE, steps=args.steps, stop_loss=0.0)
+    edits, recipe = facts_of(args.subjects, args.facts), replace(ROSE_PAPER, steps=args.steps, stop_loss=0.0)
     with torch.no_grad():
         for parameter in editor.model.parameters():
             parameter.sum()

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from rose_engine import ROSE, Edit, Editor, Recipe
-from rose_engine.recipe import ALPHAEDIT, MEMIT, MEMIT_MERGE, ROME
+from rose_engine import Edit, Editor, Recipe
+from rose_engine.recipe import ALPHAEDIT, MEMIT, MEMIT_MERGE, ROME, ROSE_PAPER
 
 from bench.baselines import grace, wise
 from bench.memory import Memory
@@ -35,7 +35,7 @@ class Method:
     @property
     def seeded(self) -> bool:
         """Whether another seed gives another result."""
-        sampled = self.recipe and (self.recipe.texts == "prefixes" or self.recipe.preconditioner != "identity")
+        sampled = self.recipe and (self.recipe.texts == "prefixes" or self.recipe.preconditioner != "identity" or self.recipe.noise)
         return self.random or bool(sampled)
 
 
@@ -49,7 +49,7 @@ def known(editor: Editor) -> dict[str, Method]:
         "alphaedit": Method(ALPHAEDIT),
         "memit_merge": Method(MEMIT_MERGE),
         "rose": Method(rose),
-        "rose_paper": Method(ROSE),
+        "rose_paper": Method(ROSE_PAPER),
         "rose_no_iga": Method(replace(rose, name="rose_no_iga", preconditioner="covariance", bystanders=0)),
         "rose_no_hki": Method(replace(rose, name="rose_no_hki", texts="prefixes")),
         "wise": Method(edit=wise.edited, random=True),

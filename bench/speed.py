@@ -4,7 +4,8 @@
 
 Methods: memit_merge (`bench.baselines.memit_merge`), rose_naive (`bench.baselines.rose_naive`) and rose (the engine), all three in the
 dtype given by --dtype, and rose_auto (the engine, dtype auto). Each run is a process of its own, methods take turns, and times are medians
-over the repeats. All take the paper's settings with 35 steps, which end early with --early-stop alone. Seconds are those of prepare,
+over the repeats. All take the paper's settings with 35 steps, which end early with --early-stop alone; default_auto is rose_auto with the
+engine's own default recipe and as many steps. Seconds are those of prepare,
 optimise and write; loading, the covariance that MEMIT-Merge is given, and verification (the engine's) are told apart. tokens: run by a
 step, padding included. peak_extra_mb: the peak above the loaded model. floor_s: what the engine's matrix products above layer L, output
 matrix included, would take at the rate of a large product in the same process. ratio: seconds of memit_merge, and of rose_naive, to those
@@ -28,8 +29,8 @@ import torch
 
 from bench.output import add_json, emit
 
-METHODS = ("memit_merge", "rose_naive", "rose", "rose_auto")
-ENGINE = ("rose", "rose_auto")
+METHODS = ("memit_merge", "rose_naive", "rose", "rose_auto", "default_auto")
+ENGINE = ("rose", "rose_auto", "default_auto")
 NAMES = ("Lin Nu", "Henri Marteau", "Ada Brandt", "Omar Haddad", "Mirela Popescu", "Tomas Vega", "Kofi Mensah", "Ingrid Solberg")
 # prompt, question, targets (a subject takes one of them)
 RELATIONS = (
@@ -94,6 +95,7 @@ def load(args: argparse.Namespace, dtype: str) -> Any:
 def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """One method, once, in this process."""
     from rose_engine import ROSE
+    from rose_engine.recipe import ROSE_PAPER
 
     from bench.baselines import memit_merge, rose_naive
     from bench.memory import Memory
@@ -102,8 +104,9 @@ def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
     native.served()
     edits = facts_of(args.subjects, args.facts)
     began = time.perf_counter()
-    editor = load(args, "auto" if method == "rose_auto" else args.dtype)
-    recipe = replace(ROSE, steps=args.steps, stop_loss=ROSE.stop_loss if args.early_stop else 0.0)
+    editor = load(args, "auto" if method.endswith("_auto") else args.dtype)
+    settings = {"steps": args.steps, "stop_loss": ROSE.stop_loss if args.early_stop else 0.0}
+    recipe = replace(ROSE if method == "default_auto" else ROSE_PAPER, **settings)
     with torch.no_grad():
         for parameter in editor.model.parameters():  # a mapped file is read before the clock runs
             parameter.sum()
@@ -185,9 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=35)
     parser.add_argument("--early-stop", action="store_true", help="let converged subjects leave")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 or auto, of all methods but rose_auto")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 or auto, of all methods but those in auto")
     parser.add_argument("--random-weights", metavar="CONFIG", help="make a model of this configuration; --model gives the tokenizer")
-    parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
+    parser.add_argument("--methods", default=",".join(METHODS[:-1]), help=f"separated by commas, of {', '.join(METHODS)}")
     parser.add_argument("--repeats", type=int, default=3)
     add_json(parser)
     parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)

@@ -22,7 +22,7 @@ def edit(model, tokenizer, edits: Sequence, recipe: Recipe) -> Edited:
     """Write edits into the model in place. Bystanders and `columns="mean"` are not part of it."""
     clock = time.perf_counter
     began = clock()
-    last, forms = recipe.last_layer, forms_for(tokenizer, recipe.forms)
+    last, forms = recipe.last_layer, forms_for(tokenizer, recipe.forms, recipe.texts == "paper_forms")
     plain = lambda row: TextRow(row.tokens, row.last, row.target)  # noqa: E731
     subjects = group_by_subject(edits)
     rows = [[[plain(row_of(fact, form, tokenizer)) for form in forms] for fact in subject.edits] for subject in subjects]

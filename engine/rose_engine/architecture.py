@@ -6,30 +6,51 @@ decoder layers itself; everything inside a layer stays the library's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from operator import attrgetter
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute paths from the causal model, and of the edited projection from a decoder layer."""
+    """Attribute paths from the causal model, and from a decoder layer those of the edited projection and, where there is one, of the norm
+    between it and the residual stream."""
 
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     rotary: str = "model.rotary_emb"
     projection: str = "mlp.down_proj"
+    post_norm: str | None = None
 
 
 LLAMA_LIKE = Family()
+POST_NORM = Family(post_norm="post_feedforward_layernorm")
 FAMILIES: dict[str, Family] = {
+    "arcee": LLAMA_LIKE,
+    "gemma2": POST_NORM,
+    "gemma3_text": POST_NORM,
+    "gpt_neox": Family("gpt_neox.layers", "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "gpt_neox.rotary_emb", "mlp.dense_4h_to_h"),
+    "helium": LLAMA_LIKE,
     "llama": LLAMA_LIKE,
+    "ministral": LLAMA_LIKE,
     "mistral": LLAMA_LIKE,
+    "nemotron": LLAMA_LIKE,
+    "olmo": LLAMA_LIKE,
+    "olmo2": POST_NORM,
+    "olmo3": POST_NORM,
+    "phi3": LLAMA_LIKE,
     "qwen2": LLAMA_LIKE,
     "qwen3": LLAMA_LIKE,
+    "seed_oss": LLAMA_LIKE,
+    "smollm3": LLAMA_LIKE,
+    "stablelm": LLAMA_LIKE,
+    "starcoder2": Family(projection="mlp.c_proj"),
 }
 
 
@@ -54,11 +75,39 @@ class Decoder:
         return self.model.get_output_embeddings().weight
 
     @property
+    def softcap(self) -> float | None:
+        """Logits x are softcap tanh(x / softcap); None: as they are."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
+
+    @property
     def max_length(self) -> int:
-        """The longest row in tokens; a sliding window bounds it too, for within it the window is plain causal attention."""
+        """The longest row in tokens. A sliding window bounds it, for within it the window is plain causal attention; so does the length
+        from which a rotary embedding depends on how long the text is."""
         config = self.model.config
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        return min(config.max_position_embeddings, window or config.max_position_embeddings)
+        trained = getattr(config, "original_max_position_embeddings", None)
+        return min(length for length in (config.max_position_embeddings, window, trained) if length)
+
+    def rotations(self, hidden: Tensor, position: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Of each layer the cosines and sines that its attention turns by; families with local and global layers have two pairs."""
+        kinds = getattr(self.model.config, "layer_types", None)
+        if "layer_type" not in signature(self.rotary.forward).parameters or not kinds:
+            one = self.rotary(hidden, position)
+            return lambda layer: one
+        pairs = {kind: self.rotary(hidden, position, kind) for kind in set(kinds)}
+        return lambda layer: pairs[kinds[layer]]
+
+    def before_norm(self, layer: int, key: Tensor, residual: Tensor) -> Tensor:
+        """What the projection has to put out more, [n, d], so that the residual stream moves by `residual` [n, d] at keys [n, d_in].
+
+        A norm g y / rms(y) between them turns y + residual rms(y) / g into the direction of what is wanted.
+        """
+        if self.family.post_norm is None:
+            return residual
+        norm = attrgetter(self.family.post_norm)(self.layers[layer])
+        y = self.projection(layer)(key.to(self.projection(layer).weight.dtype)).float()
+        gain = norm(torch.ones_like(y[:1], dtype=self.head.dtype)).float()
+        return residual * y.pow(2).mean(-1, keepdim=True).sqrt() / gain
 
     def projection(self, layer: int) -> nn.Linear:
         """The edited projection of a layer: its weight [d_out, d_in] maps the key to the MLP's output."""
@@ -74,7 +123,9 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
     kind = model.config.model_type
     family = FAMILIES.get(kind)
     if family is None:
-        raise UnsupportedModelError(f"model type `{kind}` is not supported; supported are {', '.join(sorted(FAMILIES))}")
+        raise UnsupportedModelError(
+            f"model type `{kind}` is not supported{_why_not(model.config)}; supported are {', '.join(sorted(FAMILIES))}"
+        )
     if getattr(model, "is_quantized", False):
         raise UnsupportedModelError("the weights are quantised; load the model in float32, bfloat16 or float16")
     head = model.get_output_embeddings()
@@ -82,3 +133,17 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
         raise UnsupportedModelError("the output head has a bias, which the engine does not compute")
     parts = [attrgetter(path)(model) for path in (family.layers, family.embedding, family.norm, family.rotary)]
     return Decoder(model, family, *parts)
+
+
+# A field of a configuration, and why a model that has it is not edited.
+REASONS = (
+    ("is_encoder_decoder", "an encoder and a decoder share a fact, and the engine edits decoders alone"),
+    ("num_local_experts", "of a mixture of experts, which expert holds a fact differs from token to token"),
+    ("num_experts", "of a mixture of experts, which expert holds a fact differs from token to token"),
+    ("n_routed_experts", "of a mixture of experts, which expert holds a fact differs from token to token"),
+    ("vision_config", "it wraps a language model; load that one alone, as a causal language model"),
+)
+
+
+def _why_not(config: PretrainedConfig) -> str:
+    return next((f": {reason}" for field, reason in REASONS if getattr(config, field, None)), "")

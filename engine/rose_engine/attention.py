@@ -1,9 +1,9 @@
 """Attention over packed tokens, by the library: how the engine's two layouts reach the model's own attention layers.
 
-transformers' `AttentionInterface` lets a decoder layer call a function of ours in place of its attention core; extra keyword arguments of
-the layer reach it, and so the layout travels. Two layouts exist: `TreeAttention` for a prefix tree, and `SuffixAttention` for suffixes
-over cached prefixes. Queries, keys and values arrive as [1, heads, N, head_dim], and the core runs in float32 on the CPU,
-where PyTorch's attention is slow in narrower types.
+transformers' `AttentionInterface` lets a decoder layer call a function of ours in place of its attention core; the layer's attention mask
+reaches it in every family, and so the layout travels as the mask. Two layouts exist: `TreeAttention` for a prefix tree, and
+`SuffixAttention` for suffixes over cached prefixes. Queries, keys and values arrive as [1, heads, N, head_dim], and the core runs in
+float32 on the CPU, where PyTorch's attention is slow in narrower types.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ NAME = "rose"
 QUERY_BLOCK = 512
 
 
-def _core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """softmax(scaling q k^T + mask) v for q [B, KV, G * Q, h] and k, v [B, KV, K, h]; mask boolean, true where allowed.
+def _core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """softmax(cap(scaling q k^T) + mask) v for q [B, KV, G * Q, h] and k, v [B, KV, K, h]; mask boolean, true where allowed.
 
-    The query heads that share a key head lie along the query axis, so grouped-query attention repeats no keys.
+    The query heads that share a key head lie along the query axis, so grouped-query attention repeats no keys. cap(x) = softcap
+    tanh(x / softcap), which PyTorch's fused attention does not know, or x.
     """
+    if softcap is not None:
+        scores = softcap * torch.tanh(scaling / softcap * (q @ k.transpose(-1, -2)))
+        return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
 
 
@@ -47,7 +51,7 @@ class TreeAttention:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None) -> Tensor:
         if layer in self.keep:
             self.keys[layer], self.values[layer] = k[0].transpose(0, 1).contiguous(), v[0].transpose(0, 1).contiguous()
         dtype = _core_dtype(q)
@@ -59,7 +63,7 @@ class TreeAttention:
             mask = (self.nodes <= asker) & (asker < self.end)
             part = q[:, :, block : block + QUERY_BLOCK].to(dtype)
             part = part.reshape(1, kv, -1, q.shape[-1])
-            part = _core(part, k, v, mask.repeat(heads // kv, 1), scaling)
+            part = _core(part, k, v, mask.repeat(heads // kv, 1), scaling, softcap)
             out.append(part.reshape(1, heads, -1, v.shape[-1]))
         return torch.cat(out, dim=2).transpose(1, 2).to(q.dtype)
 
@@ -80,7 +84,7 @@ class SuffixAttention:
         causal = (query[None, :] <= query[:, None]).expand(len(s.row), -1, -1)
         self.mask = torch.cat([seen, causal], dim=2)[:, None]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None) -> Tensor:
         s, dtype = self.suffixes, _core_dtype(q)
         heads, kv, width = q.shape[1], k.shape[1], s.pad.shape[1]
         spread = lambda x: x[0][:, s.pad].transpose(0, 1).to(dtype)  # noqa: E731  [B, heads, longest, h]
@@ -88,13 +92,13 @@ class SuffixAttention:
         keys = torch.cat([past(self.tree.keys[layer]), spread(k)], dim=2)
         values = torch.cat([past(self.tree.values[layer]), spread(v)], dim=2)
         query = spread(q).reshape(len(s.row), kv, -1, q.shape[-1])
-        out = _core(query, keys, values, self.mask.repeat(1, 1, heads // kv, 1), scaling)
+        out = _core(query, keys, values, self.mask.repeat(1, 1, heads // kv, 1), scaling, softcap)
         out = out.reshape(len(s.row), heads, width, -1).transpose(1, 2).flatten(0, 1)[s.flat]
         return out[None].to(q.dtype)
 
 
-def _attend(module: nn.Module, query, key, value, attention_mask, scaling, rose, **kwargs):
-    return rose(module.layer_idx, query, key, value, scaling), None
+def _attend(module: nn.Module, query, key, value, attention_mask, scaling, softcap=None, **kwargs):
+    return attention_mask(module.layer_idx, query, key, value, scaling, softcap), None
 
 
 AttentionInterface.register(NAME, _attend)

@@ -127,6 +127,7 @@ class Editor:
         unrelated: Sequence[str] = UNRELATED,
         certify: bool = False,
         others: Sequence[str] | None = None,
+        values: Values | None = None,
         progress: Progress | None = None,
     ) -> Result:
         """Write edits into the model: all of them, or none where an exception is raised.
@@ -135,8 +136,9 @@ class Editor:
         with all its facts; of two targets for one prompt the later replaces the earlier.
         verify: read the facts and the `unrelated` prompts before and after. certify: measure the edit's geometry, a few seconds a
         subject on a CPU, and keep the certificate in the delta; `others`: subjects that must not change (None: a few everyday ones).
-        EditError names an edit that cannot be used; Diverged names the subjects whose optimisation did; ValueError where the weights'
-        system cannot be solved.
+        values: those that an earlier call found for these edits on the same weights, to be written with a recipe that differs in the
+        write alone. EditError names an edit that cannot be used; Diverged names the subjects whose optimisation did; ValueError where
+        the weights' system cannot be solved.
         """
         edits, recipe = list(edits), recipe or self.recipe
         if not edits:
@@ -157,8 +159,13 @@ class Editor:
         clock("verify")
         seen = observation(self.tokenizer, edits, others, recipe.layers) if certify else None
         unedited = seen.read(self.decoder) if seen else None
-        values = optimize_values(self.decoder, plans, recipe, progress, clock)
         rows = [row for plan in plans for row in plan.facts]
+        if values is None:
+            values = optimize_values(self.decoder, plans, recipe, progress, clock)
+        elif (len(values.delta), len(values.wanted)) != (len(subjects), len(rows)):
+            raise ValueError(
+                f"the values are of {len(values.delta)} subjects and {len(values.wanted)} rows, not {len(subjects)} and {len(rows)}"
+            )
         owner = [s for s, plan in enumerate(plans) for _ in plan.facts]
         known = [edit for subject in subjects for edit in subject.edits]
         bystanders = self._bystanders(known, before_these, recipe.bystanders)

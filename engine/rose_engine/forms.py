@@ -1,9 +1,10 @@
 """The linguistic forms of a fact: the same fact as a statement, a question, an instruction, in a chat.
 
-Eight forms stand under each relation of the gradient tree (method.md section 1). A chat model gets three plain forms and five in its own
+Eight forms stand under each relation of the gradient tree (method.md section 1). A chat model gets four plain forms and four in its own
 chat template; a model without a template gets eight plain ones. Where an edit brings a question the question forms ask it;
-where it does not they ask for the statement's completion. Texts are joined from pieces, never formatted, so braces, quotes
-and newlines in an edit are data. Token rows know nothing of layers; running them is `forward`'s part.
+where it does not they ask for the statement's completion. Two forms are turned: they name the relation before the subject, as many
+sentences do, and make the value hold there too (docs/value-generalisation.md). Texts are joined from pieces, never formatted, so
+braces, quotes and newlines in an edit are data. Token rows know nothing of layers; running them is `forward`'s part.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rose_engine.edits import SLOT, Edit, EditError
 
 # Stands for the user's text while a chat template is rendered, so that the template never sees the text itself.
 _PLACEHOLDER = "\x02user-text\x03"
+GAP = "..."  # stands for the subject in a turned form
 _UNREADABLE = "\ufffd"  # what a decoder puts for bytes that are no character
 _OPENING = "([{<'\"\u201c\u2018\u00ab"  # brackets and quotes after which a word follows without a space
 
@@ -25,47 +27,60 @@ _OPENING = "([{<'\"\u201c\u2018\u00ab"  # brackets and quotes after which a word
 class Form:
     """One way to say a fact. The text is `ask` around the question, or `complete` around the statement where there is no question.
 
-    ask, complete: what comes before and after. A form with `ask=None` always uses the statement.
+    ask, complete: what comes before and after. A form with `ask=None` always uses the statement. turned: what comes before the statement
+    with a gap in the subject's place, between it and the subject, and after the subject; it takes the place of the others.
     chat: rendered as a user's message in the model's chat template, after the `system` message where that is not None.
     """
 
     name: str
-    complete: tuple[str, str]
+    complete: tuple[str, str] = ("", "")
     ask: tuple[str, str] | None = None
     chat: bool = False
     system: str | None = None
+    turned: tuple[str, str, str] | None = None
 
 
-STATEMENT = Form("statement", complete=("", ""))
+STATEMENT = Form("statement")
 CHAT_QUESTION = Form("chat_question", ("Finish this sentence: ", ""), ("", ""), chat=True)
 QUESTION_ANSWER = Form("question_answer", complete=("Complete the statement.\n", "\nAnswer:"), ask=("Q: ", "\nA:"))
 
-CHAT_FORMS = (
+CHAT_BRIEF = Form(
+    "chat_brief",
+    ("Complete this statement in a few words: ", ""),
+    ("In a few words: ", ""),
+    chat=True,
+    system="Reply with the fact alone and add nothing to it.",
+)
+CHAT_QUIZ = Form(
+    "chat_quiz",
+    ("This is a quiz.\nFill in what is missing: ", ""),
+    ("This is a quiz.\nThe next question is: ", ""),
+    chat=True,
+    system="You are an expert who knows the facts.",
+)
+CHAT_INSTRUCTION = Form(
+    "chat_instruction",
+    ("Instruction: complete the text from memory, as briefly as you can.\nText: ", ""),
+    ("Instruction: answer from memory, as briefly as you can.\nInput: ", ""),
+    chat=True,
+)
+TURNED = (
+    Form("turned_meant", turned=('"', '": what is meant is ', ", and the word that is left out at the end is")),
+    Form("turned_end", turned=('The end of "', '" for ', " is")),
+)
+
+CHAT_FORMS = (STATEMENT, CHAT_QUESTION, TURNED[0], QUESTION_ANSWER, CHAT_BRIEF, CHAT_QUIZ, TURNED[1], CHAT_INSTRUCTION)
+
+# What stands in the place of the turned forms where nothing else than the paper's recipe is wanted: a subject before its relation.
+PAPER_CHAT_FORMS = (
     STATEMENT,
     Form("known_fact", ("It is a well-known fact that ", "")),
     Form("encyclopedia", ("The encyclopedia says: ", "")),
     Form("chat_continue", ("Continue the text with what is true.\n", ""), chat=True),
     CHAT_QUESTION,
-    Form(
-        "chat_brief",
-        ("Complete this statement in a few words: ", ""),
-        ("In a few words: ", ""),
-        chat=True,
-        system="Reply with the fact alone and add nothing to it.",
-    ),
-    Form(
-        "chat_quiz",
-        ("This is a quiz.\nFill in what is missing: ", ""),
-        ("This is a quiz.\nThe next question is: ", ""),
-        chat=True,
-        system="You are an expert who knows the facts.",
-    ),
-    Form(
-        "chat_instruction",
-        ("Instruction: complete the text from memory, as briefly as you can.\nText: ", ""),
-        ("Instruction: answer from memory, as briefly as you can.\nInput: ", ""),
-        chat=True,
-    ),
+    CHAT_BRIEF,
+    CHAT_QUIZ,
+    CHAT_INSTRUCTION,
 )
 
 # People, places, things: subjects that nobody edits, of which the write must not say anything new.
@@ -88,15 +103,21 @@ BYSTANDERS = (
     "Bolivia",
 )
 
-PLAIN_FORMS = (
+LONG_QUESTION = Form("long_question", ("Complete the statement.\nStatement: ", "\nCompletion:"), ("Question: ", "\nThe answer is"))
+DIALOGUE = Form("dialogue", ("User: Please finish this: ", "\nAssistant:"), ("User: ", "\nAssistant:"))
+INSTRUCTION = Form("instruction", ("### Instruction:\nComplete: ", "\n\n### Response:\n"), ("### Instruction:\n", "\n\n### Response:\n"))
+INTERVIEW = Form("interview", ("Interviewer: How does this go on? ", "\nExpert:"), ("Interviewer: ", "\nExpert:"))
+
+PLAIN_FORMS = (STATEMENT, QUESTION_ANSWER, TURNED[0], LONG_QUESTION, DIALOGUE, INSTRUCTION, TURNED[1], INTERVIEW)
+PAPER_PLAIN_FORMS = (
     STATEMENT,
     QUESTION_ANSWER,
     Form("fact", ("Fact: ", "")),
-    Form("long_question", ("Complete the statement.\nStatement: ", "\nCompletion:"), ("Question: ", "\nThe answer is")),
-    Form("dialogue", ("User: Please finish this: ", "\nAssistant:"), ("User: ", "\nAssistant:")),
-    Form("instruction", ("### Instruction:\nComplete: ", "\n\n### Response:\n"), ("### Instruction:\n", "\n\n### Response:\n")),
+    LONG_QUESTION,
+    DIALOGUE,
+    INSTRUCTION,
     Form("report", ("According to the latest report, ", "")),
-    Form("interview", ("Interviewer: How does this go on? ", "\nExpert:"), ("Interviewer: ", "\nExpert:")),
+    INTERVIEW,
 )
 
 
@@ -113,9 +134,13 @@ class Row:
     target: int
 
 
-def forms_for(tokenizer: Any, count: int = 8) -> tuple[Form, ...]:
-    """The forms that this tokenizer's model is edited in: chat forms where it has a chat template, plain ones elsewhere."""
-    forms = CHAT_FORMS if tokenizer.chat_template else PLAIN_FORMS
+def forms_for(tokenizer: Any, count: int = 8, paper: bool = False) -> tuple[Form, ...]:
+    """The forms that this tokenizer's model is edited in: chat forms where it has a chat template, plain ones elsewhere.
+
+    paper: those that name the subject before its relation. ValueError where there are not so many.
+    """
+    chat, plain = (PAPER_CHAT_FORMS, PAPER_PLAIN_FORMS) if paper else (CHAT_FORMS, PLAIN_FORMS)
+    forms = chat if tokenizer.chat_template else plain
     if not 1 <= count <= len(forms):
         raise ValueError(f"forms must be between 1 and {len(forms)}, given {count}")
     return forms[:count]
@@ -157,6 +182,8 @@ def _leading_space(text: str, target: str) -> str:
 def render(edit: Edit, form: Form, tokenizer: Any) -> tuple[str, str, tuple[int, int]]:
     """The text of a fact in a form: (text before the target, target, span of the subject's characters in the text)."""
     subject = edit.subject.strip()
+    if form.turned:
+        return _turned(edit, form)
     asks = form.ask is not None and edit.question is not None
     body = edit.question if asks else edit.prompt
     if asks and subject in body:
@@ -173,6 +200,15 @@ def render(edit: Edit, form: Form, tokenizer: Any) -> tuple[str, str, tuple[int,
     start += len(before) + len(lead)
     text = before + lead + body + tail + after
     return text, _leading_space(text, edit.target), (start, start + len(subject))
+
+
+def _turned(edit: Edit, form: Form) -> tuple[str, str, tuple[int, int]]:
+    """What `render` returns of a turned form."""
+    subject, (lead, between, tail) = edit.subject.strip(), form.turned
+    text = f"{lead}{edit.prompt.strip().replace(SLOT, GAP)}{between}"
+    span = (len(text), len(text) + len(subject))
+    text += subject + tail
+    return text, _leading_space(text, edit.target), span
 
 
 def encode(tokenizer: Any, text: str, target: str, span: tuple[int, int], special: bool, source: str | None) -> Row:

@@ -34,10 +34,10 @@ def run_layers(decoder: Decoder, hidden: Tensor, position: Tensor, layers: range
     if not layers or not len(hidden):
         return hidden
     hidden, position = hidden[None], position[None]
-    rotary = decoder.rotary(hidden, position)
+    rotary = decoder.rotations(hidden, position)
     with attention_of(decoder.model):
         for layer in layers:
-            hidden = decoder.layers[layer](hidden, position_ids=position, position_embeddings=rotary, rose=attention)
+            hidden = decoder.layers[layer](hidden, attention_mask=attention, position_ids=position, position_embeddings=rotary(layer))
     return hidden[0]
 
 
@@ -167,7 +167,8 @@ def pack(prepared: Prepared, index: Sequence[int]) -> Batch:
 
 def logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     """Logits [T, V] of top-layer hidden states [T, d], float32 (float64 for a float64 model)."""
-    return wide(F.linear(decoder.norm(hidden), decoder.head))
+    scores = wide(F.linear(decoder.norm(hidden), decoder.head))
+    return scores if decoder.softcap is None else decoder.softcap * torch.tanh(scores / decoder.softcap)
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def suffix_nll(batch: Batch, delta: Tensor, subject: Tensor) -> Tensor:
     else:
         top, _ = block.forward(p.blocks, batch.layout, hidden, s.predict, p.space)
         top = rms_norm(top, *block.norm_of(p.decoder.norm))
-    return target_nll(top, p.decoder.head, s.target)
+    return target_nll(top, p.decoder.head, s.target, p.decoder.softcap)
 
 
 def _library_step(batch: Batch, hidden: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +214,7 @@ def _library_step(batch: Batch, hidden: Tensor, count: Tensor) -> tuple[Tensor, 
     hidden.requires_grad_()
     with torch.enable_grad():
         top = run_layers(decoder, hidden, s.position, batch.prepared.layers, batch.layout)
-        nll = target_nll(decoder.norm(top[s.predict]), decoder.head, s.target)
+        nll = target_nll(decoder.norm(top[s.predict]), decoder.head, s.target, decoder.softcap)
         loss = (nll / count[s.target_row]).sum()
         kl = nll.new_zeros(0)
         if len(batch.neutral):

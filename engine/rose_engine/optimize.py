@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rose_engine.architecture import Decoder
@@ -65,7 +66,8 @@ class SubjectRows:
 
 def subject_rows(decoder: Decoder, tokenizer: Any, subject: Subject, recipe: Recipe) -> SubjectRows:
     """Every fact of a subject in every form, or after every prefix, of the recipe. EditError names an edit that cannot be made a row."""
-    forms = forms_for(tokenizer, recipe.forms) if recipe.texts == "forms" else prefix_forms(recipe.prefixes)
+    prefixed, paper = recipe.texts == "prefixes", recipe.texts == "paper_forms"
+    forms = prefix_forms(recipe.prefixes) if prefixed else forms_for(tokenizer, recipe.forms, paper)
     relations = tuple(tuple(row_of(edit, form, tokenizer, decoder.max_length) for form in forms) for edit in subject.edits)
     return SubjectRows(relations, regulariser_row(subject.name, tokenizer))
 
@@ -126,6 +128,21 @@ def optimize_values(
     return Values(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Values)})
 
 
+class Noise:
+    """Draws that disturb each row's delta while it is optimised, so that the value stays good around itself: Gaussian directions of
+    length `share` ||delta||, another for every row and step, none for the neutral rows. A subject's draws depend on the seed alone."""
+
+    def __init__(self, share: float, rows: Sequence[int], seed: int, device: torch.device):
+        self.share, self.rows = share, rows
+        self.generators = [torch.Generator(device).manual_seed(seed) for _ in rows]
+
+    def of(self, delta: Tensor) -> Tensor:
+        """[rows + subjects, d]: of every fact's row in order, then zeros for the neutral ones."""
+        drawn = [torch.randn(n, delta.shape[1], generator=g, device=g.device) for n, g in zip(self.rows, self.generators, strict=True)]
+        length = self.share * delta.norm(dim=-1)
+        return torch.cat([*(length[s] * F.normalize(u, dim=-1) for s, u in enumerate(drawn)), torch.zeros_like(delta)])
+
+
 def _optimize_batch(
     decoder: Decoder,
     subjects: Sequence[SubjectRows],
@@ -154,13 +171,15 @@ def _optimize_batch(
     row_grad = v0.new_zeros(len(rows), v0.shape[1])
     row_loss = v0.new_zeros(len(rows))
 
+    noise = Noise(recipe.noise, [len(s.facts) for s in subjects], recipe.seed, v0.device) if recipe.noise else None
     first_centroids, alive, batches = None, None, []
     for step in range(recipe.steps):
         if alive != (alive := active.tolist()):  # whoever has converged leaves
             batches = [pack(prepared, index) for index in split_rows(rows, [r for r, s in enumerate(owner) if alive[s]], step_tokens)]
+        given = delta[subject] if noise is None else delta[subject] + noise.of(delta)
         for batch in batches:
             index = batch.suffixes.row
-            result = suffix_step(batch, delta, subject[index])
+            result = suffix_step(batch, given, index)
             row_grad[index], row_loss[index] = result.grad, result.loss
         loss = segment_mean(segment_mean(row_loss[:facts], relation_offset), subject_offset)
         if not torch.isfinite(loss).all():

@@ -1,6 +1,7 @@
 """Recipes: everything that may be chosen about an edit, as one value; and presets, recipes that suit a known model.
 
-The fields name the symbols of method.md sections 1 and 2. ROSE holds the paper's settings (Appendix D.3).
+The fields name the symbols of method.md sections 1 and 2. ROSE_PAPER holds the paper's settings (Appendix D.3), ROSE what was found to make
+values hold in wordings that they have not seen (docs/value-generalisation.md).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ class Recipe:
     """How a value is optimised and how it is written.
 
     grouping: one value for all facts of a "subject", or one for each "fact". texts: "forms" renders every fact in `forms` linguistic
-    forms; "prefixes" takes the prompt alone and after each of `prefixes`, sentences that are sampled from the model with
-    `seed` where none are given. steps, lr: Adam's. weight_decay (wd), kl: the regularisers' weights. clamp (c): the
-    value stays within clamp * ||v0|| of v0. stop_loss: a subject leaves once the mean of its relations' losses is below; 0 keeps
-    it to the last step.
+    forms; "paper_forms" in such as name the subject before its relation; "prefixes" takes the prompt alone and after each of `prefixes`,
+    sentences that are sampled from the model with `seed` where none are given. steps, lr: Adam's. weight_decay (wd), kl: the
+    regularisers' weights. clamp (c): the value stays within clamp * ||v0|| of v0. stop_loss: a subject leaves once the mean of its
+    relations' losses is below; 0 keeps it to the last step. noise: at every step each row's delta is disturbed by this share of its length
+    in a Gaussian direction of its own, drawn with `seed`, so that what is found stays good around itself; 0 is none.
     layers: the edited layers; the last is L. columns: "row" writes one key for each fact in a form, "mean" one for a value.
     preconditioner: C is the "identity" times ridge (eq. 10), the "covariance" covariance_weight * E[k k^T] (ridge cancels), or the
     "null_space" below null_threshold of E[k k^T] is kept, with ridge. corpus: what E is taken over, `corpus_tokens` tokens of it: "model"
@@ -30,15 +32,16 @@ class Recipe:
 
     name: str = "rose"
     grouping: Literal["subject", "fact"] = "subject"
-    texts: Literal["forms", "prefixes"] = "forms"
+    texts: Literal["forms", "paper_forms", "prefixes"] = "forms"
     forms: int = 8
     prefixes: tuple[str, ...] = ()
-    steps: int = 35
+    steps: int = 80
     lr: float = 0.5
     weight_decay: float = 0.5
     kl: float = 0.0625
     clamp: float = 4.0
     stop_loss: float = 0.05
+    noise: float = 0.1
     layers: tuple[int, ...] = (4, 5, 6, 7, 8)
     columns: Literal["row", "mean"] = "row"
     ridge: float = 1.0
@@ -61,7 +64,7 @@ class Recipe:
         for name in ("steps", "lr", "clamp", "ridge", "covariance_weight", "null_threshold", "corpus_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, given {getattr(self, name)}")
-        for name in ("weight_decay", "kl", "stop_loss", "bystanders"):
+        for name in ("weight_decay", "kl", "stop_loss", "noise", "bystanders"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, given {getattr(self, name)}")
 
@@ -76,16 +79,17 @@ class Recipe:
 
 
 ROSE = Recipe()
-# method.md section 3. The published methods that the engine can express, all with MEMIT-Merge's optimisation, which is ROSE's too
-# (Appendix D.3), so that they differ in what section 3 names alone.
-MEMIT_MERGE = replace(ROSE, name="memit_merge", texts="prefixes", columns="mean", preconditioner="covariance", sequential="plain")
+ROSE_PAPER = replace(ROSE, name="rose_paper", texts="paper_forms", steps=35, noise=0.0)
+# method.md section 3. The published methods that the engine can express, all with MEMIT-Merge's optimisation, which is that of the paper's
+# RoSE too (Appendix D.3), so that they differ in what section 3 names alone.
+MEMIT_MERGE = replace(ROSE_PAPER, name="memit_merge", texts="prefixes", columns="mean", preconditioner="covariance", sequential="plain")
 MEMIT = replace(MEMIT_MERGE, name="memit", grouping="fact")
 ALPHAEDIT = replace(MEMIT, name="alphaedit", preconditioner="null_space", sequential="protect")
 # Meng et al. 2022a, eq. 2: the mean key's output moves by exactly the residual, with the least change in the metric of the covariance:
 # a covariance of next to no weight. That holds for one fact in one layer: `apply` takes one fact at a time with it.
 ROME = replace(MEMIT, name="rome", layers=(5,), covariance_weight=1e-4)
 # Chosen on same-subject data; what was tried stands in docs/smollm2-preset.md.
-SMOLLM2 = replace(ROSE, name="rose-smollm2", steps=40, lr=0.7, ridge=10.0, bystanders=64)
+SMOLLM2 = replace(ROSE, name="rose-smollm2", lr=0.7, ridge=10.0, bystanders=64)
 
 
 def preset(config: PretrainedConfig) -> Recipe:

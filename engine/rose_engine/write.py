@@ -85,7 +85,7 @@ def write_layers(
     for i, layer in enumerate(layers):
         with reading(decoder, [layer]) as keys:
             reached = run_layers(decoder, hidden, tree.position, range(layer, last + 1), attention)
-        residual = (z - reached[node].float()) / (len(layers) - i)
+        residual = decoder.before_norm(layer, keys[layer][node], (z - reached[node].float()) / (len(layers) - i))
         K, R = (keys[layer][node].float() * root[:, None]).T, (residual * root[:, None]).T
         if recipe.columns == "mean":
             K, R = _mean_columns(K, R, root, owner)

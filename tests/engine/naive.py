@@ -5,6 +5,7 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
+from rose_engine.architecture import decoder_of
 
 # Rows are padded on the right, which causality makes invisible: products with fewer than a dozen rows take another path in the
 # CPU's matrix library and are off by up to 3e-4 in a row's gradient.
@@ -38,7 +39,7 @@ def naive_row(model, row, layer: int, delta, reference=None):
         place = F.one_hot(torch.tensor(row.last), output.shape[1]).to(output)
         return output + place[None, :, None] * delta.to(output)
 
-    hook = model.model.layers[layer].register_forward_hook(add)
+    hook = decoder_of(model).layers[layer].register_forward_hook(add)
     try:
         logits = run(model, row).log_softmax(-1)
     finally:

@@ -8,14 +8,28 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rose_engine import Edit, EditError
-from rose_engine.forms import CHAT_FORMS, PLAIN_FORMS, STATEMENT, chat_parts, encode, forms_for, regulariser_row, render, row_of
+from rose_engine.forms import (
+    CHAT_FORMS,
+    PAPER_CHAT_FORMS,
+    PAPER_PLAIN_FORMS,
+    PLAIN_FORMS,
+    STATEMENT,
+    chat_parts,
+    encode,
+    forms_for,
+    regulariser_row,
+    render,
+    row_of,
+)
 
-FORMS = {form.name: form for form in (*CHAT_FORMS, *PLAIN_FORMS)}
+SETS = (CHAT_FORMS, PLAIN_FORMS, PAPER_CHAT_FORMS, PAPER_PLAIN_FORMS)
+FORMS = {form.name: form for forms in SETS for form in forms}
 SUBJECTS = ["Imo State", "{x}", "{", '"quoted" \\ name', "two\nlines", "🙂 face 🇫🇷", "عمر الخيام", "李小龍", "a" * 300, "O'Neil %s {0}"]
 
 
 def test_eight_forms_of_each_kind(tokenizer):
-    assert len(CHAT_FORMS) == len({f.name for f in CHAT_FORMS}) == 8 and len(PLAIN_FORMS) == len({f.name for f in PLAIN_FORMS}) == 8
+    assert all(len(forms) == len({f.name for f in forms}) == 8 for forms in SETS)
+    assert forms_for(tokenizer, paper=True) == PAPER_CHAT_FORMS
     assert (
         forms_for(tokenizer) == CHAT_FORMS
         and any(f.chat and f.system for f in CHAT_FORMS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rose_engine.architecture import FAMILIES, UnsupportedModelError, decoder_of
+from rose_engine.architecture import UnsupportedModelError, decoder_of
 from rose_engine.edits import group_by_subject
 from rose_engine.forward import logits, pack, prepare, run_tree, suffix_step, tree_on
 from rose_engine.optimize import subject_rows
@@ -56,7 +56,7 @@ def test_suffix_engine_on_the_embedded_model(smollm2):
     check_against_naive(smollm2.model, smollm2.tokenizer, layer=8, scale=3.0, budget=200, loss_bound=1e-5, grad_bound=3e-5, written=True)
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])  # those that `block` writes out; the others: test_families
 @pytest.mark.parametrize("budget", [1, 10**6])
 def test_suffix_engine_on_tiny_models(make_model, tokenizer, kind, budget):
     check_against_naive(make_model(kind), tokenizer, layer=2, scale=0.5, budget=budget, loss_bound=1e-5, grad_bound=3e-5)

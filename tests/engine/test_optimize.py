@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rose_engine.architecture import decoder_of
 from rose_engine.edits import group_by_subject
 from rose_engine.optimize import Diverged, optimize_values, subject_rows
@@ -31,17 +32,22 @@ def hidden_at_subject(model, row, layer):
     return kept[0]
 
 
-def test_values_equal_a_plain_loop(setting):
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_values_equal_a_plain_loop(setting, noise):
     model, decoder, subjects = setting
-    values = optimize_values(decoder, subjects, RECIPE)
+    recipe = replace(RECIPE, noise=noise, seed=7)
+    values = optimize_values(decoder, subjects, recipe)
     for s, subject in enumerate(subjects):
+        generator, d = torch.Generator().manual_seed(7), values.delta.shape[1]
         v0 = hidden_at_subject(model, subject.relations[0][0], 2)
         torch.testing.assert_close(values.v0[s], v0, rtol=1e-4, atol=1e-5)
         delta = torch.zeros_like(v0, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=RECIPE.lr)
         reference = unedited_prediction(model, subject.neutral)
         for step in range(RECIPE.steps):
-            centroids = [torch.stack([naive_row(model, row, 2, delta.detach())[1] for row in rel]).mean(0) for rel in subject.relations]
+            drawn = noise * delta.detach().norm() * F.normalize(torch.randn(len(subject.facts), d, generator=generator), dim=-1)
+            given = iter(delta.detach() + drawn)
+            centroids = [torch.stack([naive_row(model, row, 2, next(given))[1] for row in rel]).mean(0) for rel in subject.relations]
             if step == 0:
                 first = sum(len(x.relations) for x in subjects[:s])
                 ours = values.centroids[first : first + len(centroids)]
@@ -66,10 +72,23 @@ def test_splitting_changes_nothing(setting, budgets):
         torch.testing.assert_close(getattr(split, name), getattr(whole, name), rtol=2e-3, atol=2e-4)
 
 
-def test_same_bits_twice(setting):
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_same_bits_twice(setting, noise):
     _, decoder, subjects = setting
-    once, again = (optimize_values(decoder, subjects, RECIPE) for _ in range(2))
+    once, again = (optimize_values(decoder, subjects, replace(RECIPE, noise=noise)) for _ in range(2))
     assert torch.equal(once.delta, again.delta) and torch.equal(once.loss, again.loss)
+
+
+def test_noise_is_a_subjects_own(setting):
+    """Its draws depend on neither the subjects beside it nor how its rows are split; another seed draws others."""
+    _, decoder, subjects = setting
+    recipe = replace(RECIPE, noise=0.3)
+    together = optimize_values(decoder, subjects, recipe, step_tokens=17)
+    for s, subject in enumerate(subjects):
+        alone = optimize_values(decoder, [subject], recipe)
+        torch.testing.assert_close(together.delta[s], alone.delta[0], rtol=2e-3, atol=2e-4)
+    other = optimize_values(decoder, subjects, replace(recipe, seed=1))
+    assert (other.delta - together.delta).norm() > 0.01 * together.delta.norm()
 
 
 def test_a_subject_that_has_converged_leaves(setting):

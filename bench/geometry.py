@@ -1,0 +1,217 @@
+"""The paper's geometry on a model: tolerance radius against deviation for each recipe, gradient conflict, key similarity.
+
+    python -m bench.geometry --model smollm2 --data same_subject_dev.json --subjects 20 --json - [--plot FOLDER] [--forms 2,4,6,8]
+
+Each subject is edited alone with each recipe and taken back. R is eq. 4 around the optimised value on the unedited weights (every target
+at 0.9 or more), R_written the same around what the weights hold after the edit; R_kept and R_kept_written keep a target at the
+probability of the certificate instead, which small models reach. D_question and D_instructed: how far the residual stream after the last
+edited layer is moved otherwise than in the statement, in questions that no edit has seen, the sum over layers of what eq. 5 says of one;
+D_layer_*: eq. 5 of the last layer alone, with eq16_* and bound_*, what eq. 16 and eq. 17 or 18 make of it. conflict: eq. 6 between
+relations, with the first recipe. key_similarity: cosines of keys in the last edited layer of the unedited model. spectrum: of the
+second moment there, where a recipe has one. --forms: the same for so many forms (Fig. 19).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rose_engine import ROSE, Editor, Recipe
+from rose_engine.certificate import KEPT, forms_of
+from rose_engine.forms import Row, row_of
+from rose_engine.geometry import (
+    STEP,
+    State,
+    conflict,
+    deviation,
+    deviation_bound,
+    first_order,
+    off_diagonal,
+    read_state,
+    similarity,
+    tolerance_radius,
+)
+from rose_engine.moments import moments
+from rose_engine.optimize import Values
+
+from bench.datasets.cases import SubjectCases
+from bench.methods import known
+from bench.output import emit
+from bench.subjects import note, opened, parser_of
+
+RECIPES = ("memit_merge", "rose_no_iga", "rose_no_hki", "rose")
+WORDINGS = ("question", "instructed")
+
+
+def rows_of(editor: Editor, subject: SubjectCases) -> list[Row]:
+    """Of each wording (statement, question, instruction) every fact's row, asked as no edit has seen it where the data says how."""
+    edits = []
+    for case in subject.cases:
+        unseen = next((q for q in case.questions if subject.name in q), case.edit.question)
+        edits.append(replace(case.edit, question=unseen))
+    return [row_of(edit, form, editor.tokenizer) for form in forms_of(editor.tokenizer) for edit in edits]
+
+
+def radius(editor: Editor, rows: Sequence[Row], delta: torch.Tensor, step: float, layer: int, probability: float) -> float:
+    """R of one subject around its rows' value with `delta` [d] added."""
+    one = torch.tensor([step], device=delta.device)
+    found = tolerance_radius(editor.decoder, rows, [0] * len(rows), delta[None], one, layer=layer, probability=probability)
+    return float(found.subjects[0])
+
+
+# What two recipes may differ in that optimise the same value.
+WRITE = ("name", "preconditioner", "covariance_weight", "null_threshold", "columns", "ridge", "bystanders", "corpus", "corpus_tokens")
+
+
+def measure(
+    editor: Editor, subject: SubjectCases, recipe: Recipe, spectrum: dict[str, Any], values: Values | None = None
+) -> tuple[dict[str, float], Values]:
+    """The geometry of one subject's edit, which is taken back, and its values; `values`: as found before, to be written otherwise."""
+    rows, count = rows_of(editor, subject), len(subject.cases)
+    statements, layer = rows[:count], recipe.last_layer
+    before = read_state(editor.decoder, rows, recipe.layers)
+    step = STEP * float(before.hidden[0].norm())
+    began = time.perf_counter()
+    with editor.preview(subject.edits, recipe=recipe, verify=False, values=values) as result:
+        found = {} if values else {"seconds": time.perf_counter() - began}
+        after = read_state(editor.decoder, rows, recipe.layers)
+        none = torch.zeros_like(result.values.delta[0])
+        found |= {"R_written": radius(editor, statements, none, step, layer, 0.9)}
+        found |= {"R_kept_written": radius(editor, statements, none, step, layer, KEPT)}
+    value = result.values.delta[0]
+    found |= {"R": radius(editor, statements, value, step, layer, 0.9), "R_kept": radius(editor, statements, value, step, layer, KEPT)}
+    moved = (after.hidden - before.hidden).view(3, count, -1)
+    for i, wording in enumerate(WORDINGS, 1):
+        found[f"D_{wording}"] = float((moved[i] - moved[0]).norm(dim=-1).mean())
+        found |= {f"{name}_{wording}": x for name, x in _last_layer(editor, result.delta, recipe, after, count, i, spectrum).items()}
+    return found, result.values
+
+
+def _last_layer(
+    editor: Editor, delta: Any, recipe: Recipe, after: State, count: int, form: int, spectrum: dict[str, Any]
+) -> dict[str, float]:
+    """Eq. 5 of the last edited layer, what eq. 16 makes of it, and the bound of eq. 17 or 18."""
+    name = editor.decoder.weight_name(recipe.last_layer)
+    k = after.keys[recipe.last_layer].view(3, count, -1)
+    (U, V), K = (x.to(k.device) for x in delta.factors[name]), delta.keys[name].to(k.device)
+    difference = k[form] - k[0]
+    if recipe.preconditioner == "covariance":
+        factor, least = spectrum["factor"], recipe.covariance_weight * spectrum["least"]
+        solve = lambda x: torch.cholesky_solve(x.double(), factor) / recipe.covariance_weight  # noqa: E731
+    else:  # with protected keys C is larger than this, so the bound holds with them too
+        least = recipe.ridge
+        solve = lambda x: x / recipe.ridge  # noqa: E731
+    return {
+        "D_layer": float(deviation((U, V), k[0], k[form]).mean()),
+        "eq16": float(first_order(K, U, difference, solve).mean()),
+        "bound": float(deviation_bound(K, U, difference, least).mean()),
+    }
+
+
+def spectrum_of(editor: Editor, recipe: Recipe) -> dict[str, Any]:
+    """Of the second moment in the recipe's last layer: the Cholesky factor, the extreme eigenvalues, and how many hold 99% of the trace."""
+    every = moments(editor.decoder, editor.tokenizer, recipe.layers, recipe.corpus, recipe.corpus_tokens, recipe.seed)
+    moment = every[editor.decoder.weight_name(recipe.last_layer)]
+    values = torch.linalg.eigvalsh(moment).flip(0)
+    share = values.cumsum(0) / values.sum()
+    found = {"least": float(values[-1]), "largest": float(values[0]), "condition": float(values[0] / values[-1])}
+    return {"factor": torch.linalg.cholesky(moment), **found, "rank_99": int((share < 0.99).sum()) + 1, "width": len(values)}
+
+
+def geometry(editor: Editor, subjects: Sequence[SubjectCases], recipes: dict[str, Recipe], forms: Sequence[int] = ()) -> dict[str, Any]:
+    """Means over subjects of all that is measured; `subjects` holds them one by one."""
+    of_covariance = next((recipe for recipe in recipes.values() if recipe.preconditioner == "covariance"), None)
+    spectrum = spectrum_of(editor, of_covariance) if of_covariance else {}
+    lines: list[dict[str, Any]] = []
+    keys, owner, conflicts, layer = [], [], [], next(iter(recipes.values())).last_layer
+    for i, subject in enumerate(subjects):
+        line: dict[str, Any] = {"facts": len(subject.cases), "recipes": {}, "forms": {}}
+        values: dict[Recipe, Values] = {}
+        for recipe_name, recipe in recipes.items():
+            editor.prepare(recipe)
+            alike = replace(recipe, **{name: getattr(ROSE, name) for name in WRITE})
+            line["recipes"][recipe_name], values[alike] = measure(editor, subject, recipe, spectrum, values.get(alike))
+        centroids = next(iter(values.values())).centroids
+        if len(centroids) > 1:
+            conflicts.append(conflict(centroids))
+        for n in forms:
+            found, _ = measure(editor, subject, replace(recipes["rose"], forms=n), spectrum)
+            line["forms"][n] = {name: found[name] for name in ("R", "R_kept", "D_question", "D_instructed", "seconds")}
+        keys.append(read_state(editor.decoder, rows_of(editor, subject), [layer]).keys[layer])
+        owner += [i] * len(keys[-1])
+        lines.append(line)
+        told = "; ".join(f"{name} R {x['R_kept']:.0f} D {x['D_instructed']:.0f}" for name, x in line["recipes"].items())
+        note(f"{i + 1}/{len(subjects)} {subject.name}: {told}")
+    who = torch.tensor(owner)
+    cosine = similarity(torch.cat(keys)).cpu()
+    pairs = ~torch.eye(len(cosine), dtype=torch.bool)
+    same = who[:, None] == who
+    spectrum.pop("factor", None)
+    return {
+        "recipes": {name: _means([line["recipes"][name] for line in lines]) for name in recipes},
+        "conflict": fmean(float(off_diagonal(c).mean()) for c in conflicts) if conflicts else None,
+        "key_similarity": {"within": float(cosine[same & pairs].mean()), "between": float(cosine[~same].mean())},
+        "spectrum": spectrum,
+        "forms": {n: _means([line["forms"][n] for line in lines]) for n in forms},
+        "subjects": lines,
+    }
+
+
+def _means(lines: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of every number that all lines have."""
+    return {name: fmean(line[name] for line in lines) for name in lines[0] if all(name in line for line in lines)}
+
+
+def draw(found: dict[str, Any], folder: Path) -> None:
+    """Write the figures as PNG."""
+    from rose_engine.diagrams import curve_figure, deviation_figure, png
+    from rose_engine.files import replacing
+
+    figures = {}
+    for name in found["recipes"]:
+        lines = [line["recipes"][name] for line in found["subjects"]]
+        by_form = {wording: [line[f"D_{wording}"] for line in lines] for wording in WORDINGS}
+        figures[f"deviation_{name}"] = deviation_figure([line["R_kept"] for line in lines], by_form, f"{name} (Figs. 2, 7)")
+    if found["forms"]:
+        counts = list(found["forms"])
+        curves = {what: [found["forms"][n][what] for n in counts] for what in ("R_kept", "D_instructed", "seconds")}
+        figures["forms"] = curve_figure(counts, curves, "forms", "R, D; seconds", "number of forms (Fig. 19)")
+    for name, figure in figures.items():
+        with replacing(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(png(figure))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = parser_of("bench.geometry", __doc__, count="subjects", default=20)
+    parser.set_defaults(dtype="auto")
+    parser.add_argument("--recipes", default=",".join(RECIPES), help="recipes by name (`bench.methods`), separated by commas")
+    parser.add_argument("--forms", default="", help="numbers of forms to sweep with rose, separated by commas")
+    parser.add_argument("--plot", type=Path, default=None, metavar="FOLDER", help="write the figures as PNG into this folder")
+    args = parser.parse_args(argv)
+    editor, data = opened(args)
+    every = known(editor)
+    names = [name.strip() for name in args.recipes.split(",")]
+    unknown = [name for name in names if name not in every or every[name].recipe is None]
+    if unknown:
+        raise SystemExit(f"no recipe of the engine: {', '.join(unknown)}")
+    found = geometry(
+        editor, data.subjects, {name: every[name].recipe for name in names}, [int(n) for n in args.forms.split(",") if n.strip()]
+    )
+    if args.plot:
+        draw(found, args.plot)
+    columns = ("R", "R_written", "R_kept", "R_kept_written", "D_question", "D_instructed", "seconds")
+    lines = [f"{'':12s}" + "".join(f"{name:>16s}" for name in columns)]
+    lines += [f"{name:12s}" + "".join(f"{row.get(c, float('nan')):16.2f}" for c in columns) for name, row in found["recipes"].items()]
+    similar = found["key_similarity"]
+    lines.append(f"conflict {found['conflict']:.3f}; key similarity within {similar['within']:.3f}, between {similar['between']:.3f}")
+    emit(found, args.json, "\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
