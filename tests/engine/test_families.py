@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from math import log
 
 import pytest
 import torch
@@ -78,13 +77,12 @@ def test_reading_is_that_of_whole_forward_passes(model, tokenizer):
 
 def test_edit_revert_load_and_ship(model, tokenizer, tmp_path):
     base, twin = bits(model), copy.deepcopy(model)
-    editor = Editor(model, tokenizer, replace(RECIPE, forms=1, noise=0.0, lr=1.0, steps=25))
-    result = editor.apply((*IMO, *LIN))
+    editor, losses = Editor(model, tokenizer, replace(RECIPE, noise=0.0)), []
+    result = editor.apply((*IMO, *LIN), progress=lambda *told: losses.append(told[-1]))
+    assert losses[-1] < losses[0]
     edited = bits(model)
     changed = {name for name in base if not torch.equal(base[name], edited[name])}
     assert changed == set(result.delta.factors) == {editor.decoder.weight_name(layer) for layer in (1, 2)}
-    facts = result.report.facts
-    assert sum(log(f.prompt_after.probability / f.prompt_before.probability) for f in facts) > 0
     result.delta.save(tmp_path / "d.safetensors")
     editor.revert(result)
     assert all(torch.equal(base[name], weight) for name, weight in bits(model).items())
