@@ -17,7 +17,7 @@ from typing import Any
 from rose_engine import Editor, Recipe
 
 from bench.datasets.cases import Dataset, SubjectCases
-from bench.methods import known
+from bench.methods import methods_of
 from bench.metrics import chat_probe, teacher_forced
 from bench.output import emit
 from bench.subjects import note, opened, parser_of
@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", default="rose", help="a recipe by name (`bench.methods`)")
     args = parser.parse_args(argv)
     editor, data = opened(args)
-    method = known(editor).get(args.recipe)
-    if method is None or method.recipe is None:
+    method = next(iter(methods_of(args.recipe, editor).values()))
+    if method.recipe is None:
         raise SystemExit(f"no recipe of the engine: {args.recipe}")
     found = worth(certified(editor, data, method.recipe))
     text = [f"{name}: {found[name]['facts']} facts, instructed {found[name]['instructed'] or 0:.1f}" for name in ("holds", "fails")]

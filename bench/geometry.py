@@ -40,7 +40,7 @@ from rose_engine.moments import moments
 from rose_engine.optimize import Values
 
 from bench.datasets.cases import SubjectCases
-from bench.methods import known
+from bench.methods import methods_of
 from bench.output import emit
 from bench.subjects import note, opened, parser_of
 
@@ -194,14 +194,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, default=None, metavar="FOLDER", help="write the figures as PNG into this folder")
     args = parser.parse_args(argv)
     editor, data = opened(args)
-    every = known(editor)
-    names = [name.strip() for name in args.recipes.split(",")]
-    unknown = [name for name in names if name not in every or every[name].recipe is None]
-    if unknown:
-        raise SystemExit(f"no recipe of the engine: {', '.join(unknown)}")
-    found = geometry(
-        editor, data.subjects, {name: every[name].recipe for name in names}, [int(n) for n in args.forms.split(",") if n.strip()]
-    )
+    recipes = {name: method.recipe for name, method in methods_of(args.recipes, editor).items()}
+    if None in recipes.values():
+        raise SystemExit(f"no recipe of the engine: {', '.join(name for name, recipe in recipes.items() if recipe is None)}")
+    forms = [int(n) for n in args.forms.split(",") if n.strip()]
+    if forms and "rose" not in recipes:
+        raise SystemExit("--forms sweeps the recipe rose, which is not among --recipes")
+    found = geometry(editor, data.subjects, recipes, forms)
     if args.plot:
         draw(found, args.plot)
     columns = ("R", "R_written", "R_kept", "R_kept_written", "D_question", "D_instructed", "seconds")

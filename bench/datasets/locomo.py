@@ -3,7 +3,8 @@
 A conversation file holds `qa`, whose `evidence` names dialogue turns, and for each session the observations: declarative sentences
 about a person with the turns that they rest on. For each question of categories 4, 1 and 2 the observations of its evidence are the
 facts; a time that is said relative to the day of the session, in the observation or else in a sentence of the turn about the same,
-becomes a date and a fact of its own. Facts are grouped by person, 5 to 10 an edit, and every question is asked where its facts are edited.
+becomes a date and a fact of its own. Facts are grouped by person, 5 an edit, or up to 10 where one question rests on so many; every
+question is asked where its facts are edited.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Turn:
 
 
 def load(path: str | Path, most: int = 10) -> Conversations:
-    """Read a conversation file, or every *.json of a folder, into batches of at most `most` facts.
+    """Read a conversation file, or every *.json of a folder, into batches; a question that rests on more than `most` facts is left out.
 
     DataError names file and field; OSError where it cannot be read.
     """
@@ -171,7 +172,7 @@ def _batches(data: dict[str, Any], name: str, most: int, seen: Counter[str]) -> 
         seen[f"covered/{kind}"] += 1
         seen["covered in part"] += not all(any(_facts(turns[turn])) for turn in evidence)
         of.setdefault(facts[0].subject, []).append((Question(qa["question"], str(qa["answer"]), kind), facts))
-    return [batch for person, questions in of.items() for batch in _grouped(f"{name} {person}", questions, most, _spare(turns, person))]
+    return [batch for person, questions in of.items() for batch in _grouped(f"{name} {person}", questions, _spare(turns, person))]
 
 
 def _rests_on(evidence: Sequence[str], turns: dict[str, Turn], most: int) -> tuple[str, tuple[Edit, ...]]:
@@ -193,12 +194,12 @@ def _spare(turns: dict[str, Turn], person: str) -> list[Edit]:
     return [edit for turn in turns.values() for edit in _facts(turn) if edit.subject == person]
 
 
-def _grouped(name: str, questions: Sequence[tuple[Question, tuple[Edit, ...]]], most: int, spare: Sequence[Edit]) -> list[Batch]:
-    """As many questions together as have at most `most` facts."""
+def _grouped(name: str, questions: Sequence[tuple[Question, tuple[Edit, ...]]], spare: Sequence[Edit]) -> list[Batch]:
+    """As many questions together as rest on no more than LEAST_FACTS facts, or one; what is missing to that number is filled up."""
     groups: list[tuple[dict[str, Edit], list[Question]]] = []
     for question, facts in questions:
         new = {edit.prompt: edit for edit in facts}
-        if not groups or len(groups[-1][0] | new) > most:
+        if not groups or len(groups[-1][0] | new) > LEAST_FACTS:
             groups.append(({}, []))
         groups[-1][0].update(new)
         groups[-1][1].append(question)

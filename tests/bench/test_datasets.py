@@ -160,7 +160,8 @@ def test_conversations_become_edits(tmp_path):
     [batch] = found.batches
     facts = {(edit.prompt, edit.target) for edit in batch.edits}
     assert ("{} joined a small chess club on", "20 May 2023") in facts and ("{} joined a", "small chess club") in facts
-    assert ("{} visited the old town with her sister on", "24 May 2023") in facts  # the turn says when
+    assert ("{} visited the old town on", "24 May 2023") in facts  # the turn says when
+    assert {edit.question for edit in batch.edits} >= {"When was it that Ada joined a small chess club?", None}
     assert any(prompt.startswith("{}'s brother") for prompt, _ in facts)
     assert [question.kind for question in batch.questions] == ["temporal", "temporal", "single_hop"]
     assert {edit.subject for edit in batch.edits} == {"Ada"} and 5 <= len(batch.edits) <= 10
@@ -170,13 +171,23 @@ def test_conversations_become_edits(tmp_path):
     assert report["left out/no turn of its evidence has an observation"] == 1
 
 
-def test_few_facts_are_filled_and_many_are_split(tmp_path):
+def test_few_facts_are_filled_and_many_are_split(tmp_path, monkeypatch):
     data = conversation()
     data["qa"] = data["qa"][2:3]
     [batch] = locomo.load(write(tmp_path / "1.json", data)).batches
     assert len(batch.edits) == 5 and len({edit.prompt for edit in batch.edits}) == 5
-    several = locomo.load(write(tmp_path / "1.json", conversation()), most=3).batches
-    assert len(several) == 2 and sum(len(batch.questions) for batch in several) == 3
+    monkeypatch.setattr(locomo, "LEAST_FACTS", 3)
+    several = locomo.load(write(tmp_path / "1.json", conversation())).batches
+    assert [len(batch.edits) for batch in several] == [3, 3] and [len(batch.questions) for batch in several] == [1, 2]
+
+
+def test_a_question_that_rests_on_many_facts_is_an_edit_of_its_own(tmp_path):
+    data = conversation()
+    data["qa"].append({"question": "What does Ada do?", "answer": "much", "evidence": [f"D1:{i}" for i in (1, 2, 3, 6, 7)], "category": 1})
+    batches = locomo.load(write(tmp_path / "1.json", data)).batches
+    assert [len(batch.questions) for batch in batches] == [3, 1] and 5 < len(batches[1].edits) <= 10
+    found = locomo.load(tmp_path / "1.json", most=6)
+    assert found.report["left out/it rests on more than 6 facts"] == 1 and len(found.batches) == 1
 
 
 def test_a_broken_conversation_is_named(tmp_path):
