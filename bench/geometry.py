@@ -33,8 +33,8 @@ from rose_engine.geometry import (
     first_order,
     off_diagonal,
     read_state,
-    similarity,
     tolerance_radius,
+    within_and_between,
 )
 from rose_engine.moments import moments
 from rose_engine.optimize import Values
@@ -69,7 +69,7 @@ WRITE = ("name", "preconditioner", "covariance_weight", "null_threshold", "colum
 
 
 def measure(
-    editor: Editor, subject: SubjectCases, recipe: Recipe, spectrum: dict[str, Any], values: Values | None = None
+    editor: Editor, subject: SubjectCases, recipe: Recipe, spectrum: dict[str, Any] | None, values: Values | None = None
 ) -> tuple[dict[str, float], Values]:
     """The geometry of one subject's edit, which is taken back, and its values; `values`: as found before, to be written otherwise."""
     rows, count = rows_of(editor, subject), len(subject.cases)
@@ -93,24 +93,27 @@ def measure(
 
 
 def _last_layer(
-    editor: Editor, delta: Any, recipe: Recipe, after: State, count: int, form: int, spectrum: dict[str, Any]
+    editor: Editor, delta: Any, recipe: Recipe, after: State, count: int, form: int, spectrum: dict[str, Any] | None
 ) -> dict[str, float]:
     """Eq. 5 of the last edited layer, what eq. 16 makes of it, and the bound of eq. 17 or 18."""
     name = editor.decoder.weight_name(recipe.last_layer)
     k = after.keys[recipe.last_layer].view(3, count, -1)
     (U, V), K = (x.to(k.device) for x in delta.factors[name]), delta.keys[name].to(k.device)
     difference = k[form] - k[0]
+    found = {"D_layer": float(deviation((U, V), k[0], k[form]).mean())}
+    if recipe.preconditioner == "null_space":
+        return found
     if recipe.preconditioner == "covariance":
         factor, least = spectrum["factor"], recipe.covariance_weight * spectrum["least"]
         solve = lambda x: torch.cholesky_solve(x.double(), factor) / recipe.covariance_weight  # noqa: E731
-    else:  # with protected keys C is larger than this, so the bound holds with them too
+    else:
         least = recipe.ridge
         solve = lambda x: x / recipe.ridge  # noqa: E731
-    return {
-        "D_layer": float(deviation((U, V), k[0], k[form]).mean()),
-        "eq16": float(first_order(K, U, difference, solve).mean()),
-        "bound": float(deviation_bound(K, U, difference, least).mean()),
-    }
+    # With protected keys C is larger than this: the bound holds with them too, eq. 16 would be another C's.
+    found["bound"] = float(deviation_bound(K, U, difference, least).mean())
+    if not recipe.bystanders:
+        found["eq16"] = float(first_order(K, U, difference, solve).mean())
+    return found
 
 
 def spectrum_of(editor: Editor, recipe: Recipe) -> dict[str, Any]:
@@ -125,8 +128,7 @@ def spectrum_of(editor: Editor, recipe: Recipe) -> dict[str, Any]:
 
 def geometry(editor: Editor, subjects: Sequence[SubjectCases], recipes: dict[str, Recipe], forms: Sequence[int] = ()) -> dict[str, Any]:
     """Means over subjects of all that is measured; `subjects` holds them one by one."""
-    of_covariance = next((recipe for recipe in recipes.values() if recipe.preconditioner == "covariance"), None)
-    spectrum = spectrum_of(editor, of_covariance) if of_covariance else {}
+    spectra = {name: spectrum_of(editor, recipe) for name, recipe in recipes.items() if recipe.preconditioner == "covariance"}
     lines: list[dict[str, Any]] = []
     keys, owner, conflicts, layer = [], [], [], next(iter(recipes.values())).last_layer
     for i, subject in enumerate(subjects):
@@ -135,28 +137,26 @@ def geometry(editor: Editor, subjects: Sequence[SubjectCases], recipes: dict[str
         for recipe_name, recipe in recipes.items():
             editor.prepare(recipe)
             alike = replace(recipe, **{name: getattr(ROSE, name) for name in WRITE})
-            line["recipes"][recipe_name], values[alike] = measure(editor, subject, recipe, spectrum, values.get(alike))
+            line["recipes"][recipe_name], values[alike] = measure(editor, subject, recipe, spectra.get(recipe_name), values.get(alike))
         centroids = next(iter(values.values())).centroids
         if len(centroids) > 1:
             conflicts.append(conflict(centroids))
         for n in forms:
-            found, _ = measure(editor, subject, replace(recipes["rose"], forms=n), spectrum)
+            found, _ = measure(editor, subject, replace(recipes["rose"], forms=n), None)
             line["forms"][n] = {name: found[name] for name in ("R", "R_kept", "D_question", "D_instructed", "seconds")}
         keys.append(read_state(editor.decoder, rows_of(editor, subject), [layer]).keys[layer])
         owner += [i] * len(keys[-1])
         lines.append(line)
         told = "; ".join(f"{name} R {x['R_kept']:.0f} D {x['D_instructed']:.0f}" for name, x in line["recipes"].items())
         note(f"{i + 1}/{len(subjects)} {subject.name}: {told}")
-    who = torch.tensor(owner)
-    cosine = similarity(torch.cat(keys)).cpu()
-    pairs = ~torch.eye(len(cosine), dtype=torch.bool)
-    same = who[:, None] == who
-    spectrum.pop("factor", None)
+    within, between = within_and_between(torch.cat(keys), owner)
+    for spectrum in spectra.values():
+        del spectrum["factor"]
     return {
         "recipes": {name: _means([line["recipes"][name] for line in lines]) for name in recipes},
         "conflict": fmean(float(off_diagonal(c).mean()) for c in conflicts) if conflicts else None,
-        "key_similarity": {"within": float(cosine[same & pairs].mean()), "between": float(cosine[~same].mean())},
-        "spectrum": spectrum,
+        "key_similarity": {"within": within, "between": between},
+        "spectrum": spectra,
         "forms": {n: _means([line["forms"][n] for line in lines]) for n in forms},
         "subjects": lines,
     }
@@ -197,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipes = {name: method.recipe for name, method in methods_of(args.recipes, editor).items()}
     if None in recipes.values():
         raise SystemExit(f"no recipe of the engine: {', '.join(name for name, recipe in recipes.items() if recipe is None)}")
+    if any(recipe.grouping != "subject" for recipe in recipes.values()):
+        raise SystemExit("what is measured is the geometry of one value a subject; recipes with a value for each fact have none")
     forms = [int(n) for n in args.forms.split(",") if n.strip()]
     if forms and "rose" not in recipes:
         raise SystemExit("--forms sweeps the recipe rose, which is not among --recipes")
@@ -206,8 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = ("R", "R_written", "R_kept", "R_kept_written", "D_question", "D_instructed", "seconds")
     lines = [f"{'':12s}" + "".join(f"{name:>16s}" for name in columns)]
     lines += [f"{name:12s}" + "".join(f"{row.get(c, float('nan')):16.2f}" for c in columns) for name, row in found["recipes"].items()]
-    similar = found["key_similarity"]
-    lines.append(f"conflict {found['conflict']:.3f}; key similarity within {similar['within']:.3f}, between {similar['between']:.3f}")
+    lines.append(f"conflict {found['conflict']}; key similarity {found['key_similarity']}")
     emit(found, args.json, "\n".join(lines))
     return 0
 

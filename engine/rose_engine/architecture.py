@@ -107,7 +107,8 @@ class Decoder:
         norm = attrgetter(self.family.post_norm)(self.layers[layer])
         y = self.projection(layer)(key.to(self.projection(layer).weight.dtype)).float()
         gain = norm(torch.ones_like(y[:1], dtype=self.head.dtype)).float()
-        return residual * y.pow(2).mean(-1, keepdim=True).sqrt() / gain
+        reached = gain.abs() > 1e-3 * gain.abs().max()  # a coordinate that the norm shuts off cannot be moved
+        return torch.where(reached, residual * y.pow(2).mean(-1, keepdim=True).sqrt() / gain, 0.0)
 
     def projection(self, layer: int) -> nn.Linear:
         """The edited projection of a layer: its weight [d_out, d_in] maps the key to the MLP's output."""

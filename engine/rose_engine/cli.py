@@ -310,9 +310,11 @@ def diagnose(
     """Measure the geometry of edits: tolerance radius, deviation by form, neighbours, interference with others."""
     from rose_engine import ledger as book
     from rose_engine.certificate import subject_keys
-    from rose_engine.delta import Delta
+    from rose_engine.delta import Delta, DeltaError
 
     deltas = book.deltas(source) if source.is_dir() else [Delta.load(source)]
+    if not source.is_dir() and deltas[0].metadata["below"]:
+        raise DeltaError(f"{source}: was made on top of {deltas[0].metadata['below']} other edits; give the ledger that holds them all")
     names = _names(others)
     if plot:
         from rose_engine.diagrams import write_page  # says at once where matplotlib is missing

@@ -67,6 +67,7 @@ def combined(deltas: Sequence[Delta], tolerance: float = 1e-6) -> tuple[Delta, f
         "subjects": list(place),
         "columns": [place[owner] for owner in owners],
         "report": None,
+        "certificate": None,
     }
     return Delta(factors, metadata, keys), error
 

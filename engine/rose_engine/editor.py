@@ -157,8 +157,6 @@ class Editor:
         clock("prepare")
         before = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
         clock("verify")
-        seen = observation(self.tokenizer, edits, others, recipe.layers) if certify else None
-        unedited = seen.read(self.decoder) if seen else None
         rows = [row for plan in plans for row in plan.facts]
         if values is None:
             values = optimize_values(self.decoder, plans, recipe, progress, clock)
@@ -168,6 +166,11 @@ class Editor:
             )
         owner = [s for s, plan in enumerate(plans) for _ in plan.facts]
         known = [edit for subject in subjects for edit in subject.edits]
+        if certify:  # a subject that is edited again with all its facts, and against the unedited model
+            seen = observation(self.tokenizer, known, others, recipe.layers, self.decoder.max_length)
+            with self._unedited():
+                unedited = seen.read(self.decoder)
+            clock("certify")
         bystanders = self._bystanders(known, before_these, recipe.bystanders)
         with all_or_nothing(self.weights(recipe.layers).values()):
             held = partial(self._preconditioner, recipe, names)
@@ -191,8 +194,9 @@ class Editor:
             }
             factors = {name: (U.cpu(), V.cpu()) for name, (U, V) in written.factors.items()}
             delta = Delta(factors, metadata, {name: K.contiguous().cpu() for name, K in written.keys.items()})
-            certificate = self._certify(seen, unedited, [delta], self._applied, _gradients(subjects, values)) if seen else None
-            if certificate:
+            certificate = None
+            if certify:
+                certificate = self._certify(seen, unedited, [*self._applied, delta], _gradients(subjects, values))
                 delta = replace(delta, metadata=metadata | {"certificate": certificate.as_dict()})
                 clock("certify")
             self._applied.append(delta)
@@ -224,34 +228,31 @@ class Editor:
     def diagnose(self, deltas: Sequence[Delta], *, others: Sequence[str] | None = None) -> Certificate:
         """The certificate of what the deltas hold, all together, on the base; the weights are afterwards as they were.
 
-        others: subjects that must not change (None: a few everyday ones). DeltaError where one belongs to another base, or the first
-        was made on top of others.
+        others: subjects that must not change (None: a few everyday ones). DeltaError where there are none, or one belongs to another base.
         """
-        if not deltas or deltas[0].metadata["below"]:
-            raise DeltaError("deltas are diagnosed with those below them: give all, in their order, as `ledger.deltas` does")
+        if not deltas:
+            raise DeltaError("there are no edits to diagnose")
         layers = sorted({layer for delta in deltas for layer in self._check_base(delta)})
         edits, applied = latest(facts_in(deltas)), self._applied
-        seen, subjects = observation(self.tokenizer, edits, others, layers), group_by_subject(edits)
+        seen, subjects = observation(self.tokenizer, edits, others, layers, self.decoder.max_length), group_by_subject(edits)
         try:
             self._rewrite([])
             unedited = seen.read(self.decoder)
             plans = [subject_rows(self.decoder, self.tokenizer, subject, replace(ROSE, layers=tuple(layers))) for subject in subjects]
             first = optimize_values(self.decoder, plans, replace(ROSE, layers=tuple(layers), steps=1))
             self._rewrite(list(deltas))
-            return self._certify(seen, unedited, deltas, [], _gradients(subjects, first))
+            return self._certify(seen, unedited, deltas, _gradients(subjects, first))
         finally:
             self._rewrite(applied)
 
-    def _certify(
-        self, seen: Observation, unedited: State, deltas: Sequence[Delta], earlier: Sequence[Delta], gradients: dict[str, Tensor]
-    ) -> Certificate:
-        """The certificate of the deltas, which are in the weights; `earlier` are those that were there before."""
+    def _certify(self, seen: Observation, unedited: State, deltas: Sequence[Delta], gradients: dict[str, Tensor]) -> Certificate:
+        """The certificate of what was seen, in weights that hold the deltas."""
         name, device = self.decoder.weight_name, unedited.hidden.device
         factors = {}
         for layer in seen.layers:
             some = [delta.factors[name(layer)] for delta in deltas if name(layer) in delta.factors]
             factors[layer] = tuple(torch.cat(parts, 1 - i).to(device) for i, parts in enumerate(zip(*some, strict=True)))
-        keys = subject_keys(name(seen.layers[-1]), [*earlier, *deltas])
+        keys = subject_keys(name(seen.layers[-1]), deltas)
         keys = {subject: key.to(device) for subject, key in keys.items()}
         return certificate_of(self.decoder, seen, unedited, seen.read(self.decoder), factors, keys, gradients)
 

@@ -136,6 +136,14 @@ def similarity(vectors: Tensor) -> Tensor:
     return unit @ unit.T
 
 
+def within_and_between(keys: Tensor, owner: Sequence[int]) -> tuple[float | None, float | None]:
+    """Mean cosine of keys [n, d_in] of one subject, and of keys of two; None where there are no such pairs."""
+    cosine, who = similarity(keys), torch.tensor(owner, device=keys.device)
+    same = who[:, None] == who
+    within, between = cosine[same & ~torch.eye(len(keys), dtype=torch.bool, device=keys.device)], cosine[~same]
+    return tuple(float(pairs.mean()) if len(pairs) else None for pairs in (within, between))
+
+
 def off_diagonal(matrix: Tensor) -> Tensor:
     """The entries [n, n - 1] of a square matrix beside its diagonal."""
     n = len(matrix)

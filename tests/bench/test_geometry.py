@@ -61,7 +61,7 @@ def test_geometry_is_that_of_each_edit(editor, tmp_path):
 
     moment = moments(editor.decoder, editor.tokenizer, (1, 2), str(corpus), 900, 0)[editor.decoder.weight_name(2)]
     values = torch.linalg.eigvalsh(moment)
-    assert found["spectrum"]["condition"] == pytest.approx(float(values[-1] / values[0]), rel=1e-6)
+    assert found["spectrum"]["trap"]["condition"] == pytest.approx(float(values[-1] / values[0]), rel=1e-6)
     geometry.draw(found, tmp_path / "plots")
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {"deviation_rose.png", "deviation_trap.png", "forms.png"}
 
@@ -95,5 +95,5 @@ def test_what_a_verdict_is_worth():
 def test_certified_subjects_are_taken_back(editor):
     before = {name: weight.clone() for name, weight in editor.weights().items()}
     lines = certificate.certified(editor, Dataset(SUBJECTS), editor.recipe)
-    assert [len(line["success"]) for line in lines] == [2, 2] and all(line["margin"] == line["R"] - line["D"] for line in lines)
+    assert [len(line["success"]) for line in lines] == [2, 2] and all(line["D"] > 0 for line in lines)
     assert editor.applied == () and all(torch.equal(weight, before[name]) for name, weight in editor.weights().items())

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from rose_engine import ROSE, Delta, DeltaError, Edit, Editor, geometry, ledger
 from rose_engine import certificate as certificates
 from rose_engine.architecture import decoder_of
+from rose_engine.compress import combined
 from rose_engine.forms import STATEMENT, row_of
 
 from tests.conftest import IMO, LIN, MARTEAU
@@ -155,7 +156,6 @@ def test_certificate_says_what_a_plain_reading_finds(make_model, tokenizer, tmp_
     editor = Editor(make_model(initializer_range=0.3), tokenizer, TINY)
     base = in_float64(editor.model)
     editor.apply(MARTEAU, verify=False)
-    under = in_float64(editor.model)
     result = editor.apply((*IMO, *LIN), certify=True, others=["Otto Hahn", "Lin Nu"])
     edited = in_float64(editor.model)
     assert [s.subject for s in result.certificate.subjects] == ["Imo State", "Lin Nu"]
@@ -168,7 +168,7 @@ def test_certificate_says_what_a_plain_reading_finds(make_model, tokenizer, tmp_
     imo = result.certificate.subjects[0]
     statement, question, instructed = certificates.forms_of(tokenizer)
     for form, name in ((question, "question"), (instructed, "instructed")):
-        D = [(moved(row_of(e, form, tokenizer), under) - moved(row_of(e, statement, tokenizer), under)).norm() for e in IMO]
+        D = [(moved(row_of(e, form, tokenizer), base) - moved(row_of(e, statement, tokenizer), base)).norm() for e in IMO]
         assert [fact.deviation[name] for fact in imo.facts] == pytest.approx([float(d) for d in D], rel=2e-3)
         assert imo.deviation[name] == pytest.approx(float(sum(D) / len(D)), rel=2e-3)
     assert imo.radius == 0 and not imo.holds and imo.margin["instructed"] == -imo.deviation["instructed"]
@@ -177,8 +177,8 @@ def test_certificate_says_what_a_plain_reading_finds(make_model, tokenizer, tmp_
 
     [other] = result.certificate.others  # a subject that is edited is not among those that must not change
     prompts = [replace(e, subject="Otto Hahn", question=None) for e in (*IMO, *LIN)][: certificates.PROMPTS]
-    shift = sum(float(moved(row_of(e, statement, tokenizer), under).norm()) for e in prompts) / len(prompts)
-    scale = sum(float(moved(row_of(e, statement, tokenizer), under).norm()) for e in (*IMO, *LIN)) / 5
+    shift = sum(float(moved(row_of(e, statement, tokenizer), base).norm()) for e in prompts) / len(prompts)
+    scale = sum(float(moved(row_of(e, statement, tokenizer), base).norm()) for e in (*IMO, *LIN)) / 5
     assert other.subject == "Otto Hahn" and other.shift == pytest.approx(shift / scale, rel=5e-3)
 
     result.delta.save(tmp_path / "d.safetensors")
@@ -189,8 +189,24 @@ def test_certificate_says_what_a_plain_reading_finds(make_model, tokenizer, tmp_
     D = [moved(row_of(e, question, tokenizer), base) - moved(row_of(e, statement, tokenizer), base) for e in IMO]
     assert [f.deviation["question"] for f in whole.subjects[1].facts] == pytest.approx([float(d.norm()) for d in D], rel=2e-3)
     assert all(torch.equal(weight, before[name]) for name, weight in editor.weights().items())
-    with pytest.raises(DeltaError, match="those below them"):
-        editor.diagnose([result.delta])
+    with pytest.raises(DeltaError, match="no edits"):
+        editor.diagnose([])
+
+
+def test_a_subject_that_is_edited_again_is_certified_with_all_its_facts(make_model, tokenizer):
+    editor = Editor(make_model(initializer_range=0.3), tokenizer, TINY)
+    editor.apply(IMO[:2], verify=False)
+    again = editor.apply(IMO[2:], verify=False, certify=True)
+    [subject] = again.certificate.subjects
+    assert [fact.prompt for fact in subject.facts] == [edit.prompt for edit in IMO] and len(subject.conflict) == 3
+    [whole] = editor.diagnose(editor.applied).subjects
+    for fact, other in zip(subject.facts, whole.facts, strict=True):
+        assert fact.deviation == pytest.approx(other.deviation, rel=1e-3) and fact.probability == pytest.approx(other.probability, rel=1e-3)
+    later = editor.applied[1:]
+    editor.revert(editor.applied[0])  # what is left was made on top of it, and can be diagnosed as it stands
+    assert [fact.prompt for fact in editor.diagnose(later).subjects[0].facts] == [IMO[2].prompt]
+    small, _ = combined(later)
+    assert small.metadata["certificate"] is None
 
 
 def test_near_subjects_are_told(make_model, tokenizer):
@@ -202,7 +218,7 @@ def test_near_subjects_are_told(make_model, tokenizer):
     means = [F.normalize(F.normalize(K[columns == s]).sum(0), dim=0) for s in range(3)]
     for name, cosine in first.neighbours:
         assert cosine == pytest.approx(float(means[0] @ means[["iPhone 11", "iPhone 16", "Henri Marteau"].index(name)]), abs=1e-5)
-    assert first.near == [name for name, cosine in first.neighbours if cosine > certificates.NEAR]
+    assert replace(first, neighbours=(("iPhone 16", 0.5), ("Lin Nu", 0.29))).near == ["iPhone 16"]
 
 
 def test_a_failed_certificate_leaves_the_weights(make_model, tokenizer, monkeypatch):
