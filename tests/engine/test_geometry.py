@@ -276,3 +276,16 @@ def test_diagnose_on_the_command_line(make_model, tokenizer, tmp_path):
     assert (tmp_path / "plots" / "certificate.html").read_text().count("data:image/png") == 5
     missing = rose("diagnose", tmp_path / "d.safetensors", "--model", folder, "--others", tmp_path / "none.txt")
     assert missing.returncode == 2 and "none.txt: cannot be read" in missing.stderr
+
+
+def test_values_are_written_again(make_model, tokenizer):
+    """With a recipe that differs in the write alone: the same bits as optimising anew."""
+    one, two = (Editor(make_model(initializer_range=0.3), tokenizer, TINY) for _ in range(2))
+    heavy = replace(TINY, ridge=5.0)
+    with one.preview(IMO, verify=False) as first:
+        values = first.values
+    one.apply(IMO, recipe=heavy, values=values, verify=False)
+    two.apply(IMO, recipe=heavy, verify=False)
+    assert all(torch.equal(weight, two.weights()[name]) for name, weight in one.weights().items())
+    with pytest.raises(ValueError, match="the values are of 1 subjects and 24 rows, not 2 and 16"):
+        one.apply((*MARTEAU, *LIN[:1]), values=values, verify=False)
