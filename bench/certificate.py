@@ -18,8 +18,9 @@ from rose_engine import Editor, Recipe
 
 from bench.datasets.cases import Dataset, SubjectCases
 from bench.methods import methods_of
-from bench.metrics import chat_probe, teacher_forced
+from bench.metrics import teacher_forced
 from bench.output import emit
+from bench.quality import probes_of
 from bench.subjects import note, opened, parser_of
 
 PARTS = 5
@@ -29,11 +30,7 @@ def instructed(editor: Editor, subject: SubjectCases, data: Dataset) -> list[flo
     """Of each fact that has questions its mean success."""
     found = []
     for case in subject.cases:
-        probes = [
-            chat_probe(editor.tokenizer, system, before, question, after, case.edit.target)
-            for question in case.questions
-            for system, before, after in data.instructions
-        ]
+        probes = probes_of(editor.tokenizer, SubjectCases(subject.name, (case,)), data)["instructed"]
         if probes:
             found.append(fmean(outcome.success for outcome in teacher_forced(editor.model, editor.tokenizer, probes)))
     return found

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rose_engine import ROSE, Editor, Recipe
 from rose_engine.certificate import KEPT, forms_of
+from rose_engine.files import write_files
 from rose_engine.forms import Row, row_of
 from rose_engine.geometry import (
     STEP,
@@ -38,6 +39,7 @@ from rose_engine.geometry import (
 )
 from rose_engine.moments import moments
 from rose_engine.optimize import Values
+from rose_engine.precondition import covariance, moment_factor
 
 from bench.datasets.cases import SubjectCases
 from bench.methods import methods_of
@@ -104,11 +106,9 @@ def _last_layer(
     if recipe.preconditioner == "null_space":
         return found
     if recipe.preconditioner == "covariance":
-        factor, least = spectrum["factor"], recipe.covariance_weight * spectrum["least"]
-        solve = lambda x: torch.cholesky_solve(x.double(), factor) / recipe.covariance_weight  # noqa: E731
+        least, solve = recipe.covariance_weight * spectrum["least"], covariance(spectrum["factor"], recipe.covariance_weight, ridge=1.0)
     else:
-        least = recipe.ridge
-        solve = lambda x: x / recipe.ridge  # noqa: E731
+        least, solve = recipe.ridge, lambda x: x / recipe.ridge
     # With protected keys C is larger than this: the bound holds with them too, eq. 16 would be another C's.
     found["bound"] = float(deviation_bound(K, U, difference, least).mean())
     if not recipe.bystanders:
@@ -123,7 +123,7 @@ def spectrum_of(editor: Editor, recipe: Recipe) -> dict[str, Any]:
     values = torch.linalg.eigvalsh(moment).flip(0)
     share = values.cumsum(0) / values.sum()
     found = {"least": float(values[-1]), "largest": float(values[0]), "condition": float(values[0] / values[-1])}
-    return {"factor": torch.linalg.cholesky(moment), **found, "rank_99": int((share < 0.99).sum()) + 1, "width": len(values)}
+    return {"factor": moment_factor(moment), **found, "rank_99": int((share < 0.99).sum()) + 1, "width": len(values)}
 
 
 def geometry(editor: Editor, subjects: Sequence[SubjectCases], recipes: dict[str, Recipe], forms: Sequence[int] = ()) -> dict[str, Any]:
@@ -170,7 +170,6 @@ def _means(lines: Sequence[dict[str, float]]) -> dict[str, float]:
 def draw(found: dict[str, Any], folder: Path) -> None:
     """Write the figures as PNG."""
     from rose_engine.diagrams import curve_figure, deviation_figure, png
-    from rose_engine.files import replacing
 
     figures = {}
     for name in found["recipes"]:
@@ -181,9 +180,7 @@ def draw(found: dict[str, Any], folder: Path) -> None:
         counts = list(found["forms"])
         curves = {what: [found["forms"][n][what] for n in counts] for what in ("R_kept", "D_instructed", "seconds")}
         figures["forms"] = curve_figure(counts, curves, "forms", "R, D; seconds", "number of forms (Fig. 19)")
-    for name, figure in figures.items():
-        with replacing(folder / f"{name}.png") as temporary:
-            temporary.write_bytes(png(figure))
+    write_files(folder, {f"{name}.png": png(figure) for name, figure in figures.items()})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

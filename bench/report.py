@@ -11,14 +11,13 @@ cases: what was asked, what the unedited model said, what each recipe says, what
 from __future__ import annotations
 
 import argparse
-import base64
 import html
 import json
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
-from rose_engine.files import replacing
+from rose_engine.files import write_files
+from rose_engine.web import picture, table
 
 from bench.tables import TITLES, Results, read_results
 
@@ -42,13 +41,8 @@ def page(every: Sequence[Results], drawn: Sequence[Sequence[str]], pictures: dic
     body = ["<nav>", *links, '<a href="#browse">Cases</a>', "</nav>"]
     for i, (results, names) in enumerate(zip(every, drawn, strict=True)):
         head, rows = results.table()
-        body += [f'<h2 id="s{i}">{e(TITLES[results.suite])}</h2>', f'<p class="note">{e(results.told())}</p>', "<table>"]
-        body.append(f"<thead><tr>{''.join(f'<th>{e(cell)}</th>' for cell in head)}</tr></thead><tbody>")
-        body += [f"<tr>{''.join(f'<td>{e(cell)}</td>' for cell in row)}</tr>" for row in rows]
-        body.append("</tbody></table>")
-        for name in names:
-            data = base64.b64encode(pictures[name]).decode()
-            body.append(f'<figure><img alt="{e(name)}" src="data:image/png;base64,{data}"></figure>')
+        body += [f'<h2 id="s{i}">{e(TITLES[results.suite])}</h2>', f'<p class="note">{e(results.told())}</p>', table(head, rows)]
+        body += [picture(name, pictures[name]) for name in names]
     # "<" in a text would be read as the end of the element that holds the cases.
     cases = json.dumps([case for results in every for case in results.cases()], ensure_ascii=False).replace("<", "\\u003c")
     before, _, rest = PAGE.read_text("utf-8").partition("<!--SECTIONS-->")
@@ -58,7 +52,9 @@ def page(every: Sequence[Results], drawn: Sequence[Sequence[str]], pictures: dic
 
 def report(folders: Sequence[Path], out: Path) -> None:
     """Write report.md, report.html and the plots of some folders of results into `out`."""
-    from bench.plots import plots  # needs matplotlib
+    from rose_engine.diagrams import png
+
+    from bench.plots import plots  # needs matplotlib, as `diagrams` does
 
     every = [read_results(folder) for folder in folders]
     pictures: dict[str, bytes] = {}
@@ -67,13 +63,10 @@ def report(folders: Sequence[Path], out: Path) -> None:
         drawn.append([])
         for name, figure in plots(results).items():
             name = f"{name}_{i + 1}" if name in pictures else name
-            figure.savefig(drawing := BytesIO(), format="png", dpi=110)
-            pictures[name] = drawing.getvalue()
+            pictures[name] = png(figure)
             drawn[-1].append(name)
     files = {"report.md": markdown(every, drawn).encode(), "report.html": page(every, drawn, pictures).encode()}
-    for name, content in (files | {f"{name}.png": picture for name, picture in pictures.items()}).items():
-        with replacing(out / name) as temporary:
-            temporary.write_bytes(content)
+    write_files(out, files | {f"{name}.png": drawing for name, drawing in pictures.items()})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

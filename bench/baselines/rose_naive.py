@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from rose_engine.edits import group_by_subject
-from rose_engine.forms import forms_for, regulariser_row, row_of
+from rose_engine.forms import regulariser_row, row_of
+from rose_engine.optimize import forms_of
 from rose_engine.recipe import Recipe
 
 from bench.baselines.memit_merge import Edited
@@ -19,10 +20,10 @@ from bench.baselines.plain import Objective, TextRow, optimise, read
 
 
 def edit(model, tokenizer, edits: Sequence, recipe: Recipe) -> Edited:
-    """Write edits into the model in place. Bystanders and `columns="mean"` are not part of it."""
+    """Write edits into the model in place. Bystanders, noise and `columns="mean"` are not part of it."""
     clock = time.perf_counter
     began = clock()
-    last, forms = recipe.last_layer, forms_for(tokenizer, recipe.forms, recipe.texts == "paper_forms")
+    last, forms = recipe.last_layer, forms_of(tokenizer, recipe)
     plain = lambda row: TextRow(row.tokens, row.last, row.target)  # noqa: E731
     subjects = group_by_subject(edits)
     rows = [[[plain(row_of(fact, form, tokenizer)) for form in forms] for fact in subject.edits] for subject in subjects]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from operator import attrgetter
 
@@ -90,12 +91,17 @@ class Decoder:
 
     def rotations(self, hidden: Tensor, position: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
         """Of each layer the cosines and sines that its attention turns by; families with local and global layers have two pairs."""
-        kinds = getattr(self.model.config, "layer_types", None)
-        if "layer_type" not in signature(self.rotary.forward).parameters or not kinds:
+        kinds = self._rotary_kinds
+        if not kinds:
             one = self.rotary(hidden, position)
             return lambda layer: one
         pairs = {kind: self.rotary(hidden, position, kind) for kind in set(kinds)}
         return lambda layer: pairs[kinds[layer]]
+
+    @cached_property
+    def _rotary_kinds(self) -> list[str] | None:
+        """Of each layer the name of its rotary embedding; None where there is but one."""
+        return getattr(self.model.config, "layer_types", None) if "layer_type" in signature(self.rotary.forward).parameters else None
 
     def before_norm(self, layer: int, key: Tensor, residual: Tensor) -> Tensor:
         """What the projection has to put out more, [n, d], so that the residual stream moves by `residual` [n, d] at keys [n, d_in].
@@ -105,7 +111,8 @@ class Decoder:
         if self.family.post_norm is None:
             return residual
         norm = attrgetter(self.family.post_norm)(self.layers[layer])
-        y = self.projection(layer)(key.to(self.projection(layer).weight.dtype)).float()
+        projection = self.projection(layer)
+        y = projection(key.to(projection.weight.dtype)).float()
         gain = norm(torch.ones_like(y[:1], dtype=self.head.dtype)).float()
         reached = gain.abs() > 1e-3 * gain.abs().max()  # a coordinate that the norm shuts off cannot be moved
         return torch.where(reached, residual * y.pow(2).mean(-1, keepdim=True).sqrt() / gain, 0.0)
@@ -136,12 +143,13 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
     return Decoder(model, family, *parts)
 
 
+MIXTURE = "of a mixture of experts, which expert holds a fact differs from token to token"
 # A field of a configuration, and why a model that has it is not edited.
 REASONS = (
     ("is_encoder_decoder", "an encoder and a decoder share a fact, and the engine edits decoders alone"),
-    ("num_local_experts", "of a mixture of experts, which expert holds a fact differs from token to token"),
-    ("num_experts", "of a mixture of experts, which expert holds a fact differs from token to token"),
-    ("n_routed_experts", "of a mixture of experts, which expert holds a fact differs from token to token"),
+    ("num_local_experts", MIXTURE),
+    ("num_experts", MIXTURE),
+    ("n_routed_experts", MIXTURE),
     ("vision_config", "it wraps a language model; load that one alone, as a causal language model"),
 )
 

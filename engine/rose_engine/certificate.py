@@ -102,6 +102,26 @@ class Certificate:
         return found
 
 
+# Heads and rows.
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def tables(certificate: Certificate, neighbours: int = 1) -> list[Table]:
+    """The certificate as texts: its subjects with so many neighbours each, and, where some were read, the subjects that were not edited."""
+    subjects = [
+        (
+            s.subject,
+            *(f"{x:.1f}" for x in (s.radius, *s.deviation.values(), s.margin["instructed"])),
+            "D <= R" if s.holds else "D > R",
+            ", ".join(f"{name} {cosine:.2f}{' (near)' if name in s.near else ''}" for name, cosine in s.neighbours[:neighbours]),
+        )
+        for s in certificate.subjects
+    ]
+    others = [(o.subject, f"{o.shift:.1%}", o.nearest, f"{o.cosine:.2f}") for o in certificate.others]
+    every = [(("subject", "R", "D question", "D instructed", "R - D", "verdict", "nearest edited subject"), subjects)]
+    return every + [(("not edited", "moved, of the edited", "nearest edited subject", "cosine"), others)] * bool(others)
+
+
 @dataclass(frozen=True)
 class Observation:
     """Rows that are read before and after an edit: of every fact the statement, the question and the instruction in turn, then `others`,

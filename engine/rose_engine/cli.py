@@ -134,20 +134,13 @@ def print_report(report) -> None:
 
 def print_certificate(certificate) -> None:
     """The certificate as tables on standard output."""
-    table = Table(
-        "subject", "R", "D question", "D instructed", "R - D", "verdict", "nearest edited subject", title="tolerance and deviation"
-    )
-    for subject in certificate.subjects:
-        told = [f"{x:.1f}" for x in (subject.radius, *subject.deviation.values(), subject.margin["instructed"])]
-        nearest = ", ".join(f"{name} {cosine:.2f}{' (near)' if name in subject.near else ''}" for name, cosine in subject.neighbours[:1])
-        table.add_row(*map(_plain, (subject.subject, *told, "D <= R" if subject.holds else "D > R", nearest)))
-    console = Console(highlight=False)
-    console.print(table)
-    if certificate.others:
-        table = Table("not edited", "moved, of the edited", "nearest edited subject", "cosine", title="interference")
-        for other in certificate.others:
-            table.add_row(*map(_plain, (other.subject, f"{other.shift:.1%}", other.nearest, f"{other.cosine:.2f}")))
-        console.print(table)
+    from rose_engine.certificate import tables
+
+    for title, (heads, rows) in zip(("tolerance and deviation", "interference"), tables(certificate), strict=False):
+        table = Table(*heads, title=title)
+        for row in rows:
+            table.add_row(*map(_plain, row))
+        Console(highlight=False).print(table)
 
 
 def _names(path: Path | None) -> list[str] | None:

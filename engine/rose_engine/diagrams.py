@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -13,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rose_engine.certificate import NEAR, Certificate
-from rose_engine.files import replacing
+from rose_engine.certificate import NEAR, Certificate, tables
+from rose_engine.files import write_files
 from rose_engine.geometry import similarity
+from rose_engine.web import picture, table
 
 try:
     from matplotlib.figure import Figure
@@ -97,32 +96,9 @@ def figures_of(certificate: Certificate, keys: Mapping[str, Tensor]) -> dict[str
 def write_page(folder: str | Path, certificate: Certificate, keys: Mapping[str, Tensor]) -> Path:
     """Write each figure as PNG and certificate.html, which holds them and the tables, into a folder; returns the page's path."""
     pictures = {name: png(figure) for name, figure in figures_of(certificate, keys).items()}
-    heads = ("subject", "R", "D question", "D instructed", "R - D", "verdict", "nearest edited subject")
-    subjects = [
-        (
-            s.subject,
-            *(f"{x:.1f}" for x in (s.radius, *s.deviation.values(), s.margin["instructed"])),
-            "D ≤ R" if s.holds else "D > R",
-            ", ".join(f"{name} {cosine:.2f}" for name, cosine in s.neighbours),
-        )
-        for s in certificate.subjects
-    ]
-    others = [(o.subject, f"{o.shift:.1%}", o.nearest, f"{o.cosine:.2f}") for o in certificate.others]
-    body = [_table(heads, subjects), _table(("not edited", "moved, of the edited", "nearest edited subject", "cosine"), others)]
-    for name, picture in pictures.items():
-        body.append(f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>')
+    body = [table(*part) for part in tables(certificate, neighbours=3)] + [picture(name, drawn) for name, drawn in pictures.items()]
     told = f"R keeps every target at a probability of {certificate.kept} or more."
     page = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Certificate</title><link rel="icon" href="data:,">'
     page += f"<style>{STYLE}</style></head><body><h1>Certificate</h1><p>{told}</p>{''.join(body)}</body></html>\n"
-    folder = Path(folder)
-    for name, content in ({f"{name}.png": picture for name, picture in pictures.items()} | {"certificate.html": page.encode()}).items():
-        with replacing(folder / name) as temporary:
-            temporary.write_bytes(content)
-    return folder / "certificate.html"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    cells = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"  # noqa: E731
-    return f"<table><thead>{cells(heads, 'th')}</thead><tbody>{''.join(cells(row, 'td') for row in rows)}</tbody></table>"
+    write_files(folder, {f"{name}.png": drawn for name, drawn in pictures.items()} | {"certificate.html": page.encode()})
+    return Path(folder) / "certificate.html"

@@ -233,17 +233,14 @@ class Editor:
         if not deltas:
             raise DeltaError("there are no edits to diagnose")
         layers = sorted({layer for delta in deltas for layer in self._check_base(delta)})
-        edits, applied = latest(facts_in(deltas)), self._applied
+        edits, first_step = latest(facts_in(deltas)), replace(ROSE, layers=tuple(layers), steps=1)
         seen, subjects = observation(self.tokenizer, edits, others, layers, self.decoder.max_length), group_by_subject(edits)
-        try:
-            self._rewrite([])
+        with self._unedited():
             unedited = seen.read(self.decoder)
-            plans = [subject_rows(self.decoder, self.tokenizer, subject, replace(ROSE, layers=tuple(layers))) for subject in subjects]
-            first = optimize_values(self.decoder, plans, replace(ROSE, layers=tuple(layers), steps=1))
+            plans = [subject_rows(self.decoder, self.tokenizer, subject, first_step) for subject in subjects]
+            gradients = _gradients(subjects, optimize_values(self.decoder, plans, first_step))
             self._rewrite(list(deltas))
-            return self._certify(seen, unedited, deltas, _gradients(subjects, first))
-        finally:
-            self._rewrite(applied)
+            return self._certify(seen, unedited, deltas, gradients)
 
     def _certify(self, seen: Observation, unedited: State, deltas: Sequence[Delta], gradients: dict[str, Tensor]) -> Certificate:
         """The certificate of what was seen, in weights that hold the deltas."""

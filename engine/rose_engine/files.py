@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> None:
+    """Write files by name into a folder, each whole or not at all."""
+    for name, content in contents.items():
+        with replacing(Path(folder) / name) as temporary:
+            temporary.write_bytes(content)
 
 
 def _flush_directory(folder: Path) -> None:

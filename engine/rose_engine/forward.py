@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rose_engine import block
@@ -23,7 +22,7 @@ from rose_engine.forms import Row
 from rose_engine.packing import Suffixes, Tree, build_tree, inputs, pack_suffixes
 from rose_kernels import inject, row_gradients, target_nll
 from rose_kernels.layer import DTYPES, WIDTH, Layout, products_, rms_norm, rms_norm_backward_
-from rose_kernels.reference import wide
+from rose_kernels.reference import capped_logits
 
 # Rows of the vocabulary's width that exist at one time where the output layer is written out (`_read_out`).
 OUTPUT_ROWS = 64
@@ -167,8 +166,7 @@ def pack(prepared: Prepared, index: Sequence[int]) -> Batch:
 
 def logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     """Logits [T, V] of top-layer hidden states [T, d], float32 (float64 for a float64 model)."""
-    scores = wide(F.linear(decoder.norm(hidden), decoder.head))
-    return scores if decoder.softcap is None else decoder.softcap * torch.tanh(scores / decoder.softcap)
+    return capped_logits(decoder.norm(hidden), decoder.head, decoder.softcap)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rose_engine.architecture import Decoder
 from rose_engine.forms import Row
-from rose_engine.forward import pack, prepare, run_tree, suffix_nll, tree_on
+from rose_engine.forward import Prepared, pack, prepare, run_tree, suffix_nll, tree_on
 from rose_engine.packing import inputs
 from rose_engine.write import reading
 
@@ -86,10 +86,9 @@ def tolerance_radius(
     return Radii(subjects.clamp(min=0) * step, facts.clamp(min=0) * step[owner], found)
 
 
-def _probabilities(prepared, index: Sequence[int], owner: Tensor, table: Tensor, draws: int) -> Tensor:
+def _probabilities(prepared: Prepared, index: Sequence[int], owner: Tensor, table: Tensor, draws: int) -> Tensor:
     """P(target) [len(index), draws], the product over its tokens, with every draw's vector of its subject; table [S * draws, d]."""
-    out = []
-    rows = prepared.rows
+    out, rows = [], prepared.rows
     size = max(1, PASS_TOKENS // (draws * max(len(inputs(rows[r])) - rows[r].last for r in index)))
     for first in range(0, len(index), size):
         part = index[first : first + size]

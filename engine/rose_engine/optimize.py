@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rose_engine.architecture import Decoder
 from rose_engine.edits import Subject
-from rose_engine.forms import Row, forms_for, prefix_forms, regulariser_row, row_of
+from rose_engine.forms import Form, Row, forms_for, prefix_forms, regulariser_row, row_of
 from rose_engine.forward import pack, prepare, suffix_step
 from rose_engine.packing import inputs, split_rows
 from rose_engine.recipe import Recipe
@@ -64,10 +64,16 @@ class SubjectRows:
         return sum(len(inputs(row)) - row.last for row in (*self.facts, self.neutral))
 
 
+def forms_of(tokenizer: Any, recipe: Recipe) -> tuple[Form, ...]:
+    """The texts in which a recipe says a fact."""
+    if recipe.texts == "prefixes":
+        return prefix_forms(recipe.prefixes)
+    return forms_for(tokenizer, recipe.forms, paper=recipe.texts == "paper_forms")
+
+
 def subject_rows(decoder: Decoder, tokenizer: Any, subject: Subject, recipe: Recipe) -> SubjectRows:
     """Every fact of a subject in every form, or after every prefix, of the recipe. EditError names an edit that cannot be made a row."""
-    prefixed, paper = recipe.texts == "prefixes", recipe.texts == "paper_forms"
-    forms = prefix_forms(recipe.prefixes) if prefixed else forms_for(tokenizer, recipe.forms, paper)
+    forms = forms_of(tokenizer, recipe)
     relations = tuple(tuple(row_of(edit, form, tokenizer, decoder.max_length) for form in forms) for edit in subject.edits)
     return SubjectRows(relations, regulariser_row(subject.name, tokenizer))
 
