@@ -132,7 +132,7 @@ def savings(model: str, facts: int, repeats: int) -> list[Saving]:
     with backend("reference"):
         against("layers written out, no autograd (both with PyTorch's products)", make(rows), ours=library_step)
     against("matrix products of our own", library_step)
-    width, d = editor.decoder.projection(L).in_features, editor.model.config.hidden_size
+    width, d = editor.decoder.weight(L).shape[1], editor.model.config.hidden_size
     W, K, R = torch.randn(d, width), torch.randn(width, len(plan.facts)), torch.randn(d, len(plan.facts))
 
     def dense_write():

@@ -50,7 +50,7 @@ def predict(editor, edits: Sequence, recipe) -> dict[str, float]:
             "logits": 4 * len(decoder.head) * (min(OUTPUT_ROWS, read) + len(members)),
         }
         step = max((step, now), key=lambda parts: sum(parts.values()))
-    sizes = [decoder.projection(layer).weight.shape for layer in recipe.layers]
+    sizes = [decoder.weight(layer).shape for layer in recipe.layers]
     columns = sum(len(plan.facts) for plan in plans)
     weights = sum(2 * rows * width * b + 4 * columns * (rows + width) for rows, width in sizes)
     parts = {**step, "weights": weights}

@@ -79,6 +79,8 @@ def _write(W: Sequence[Tensor], U: Sequence[Tensor], V: Sequence[Tensor]) -> Non
 
 
 def _write_triton(W: Tensor, U: Tensor, V: Tensor) -> None:
+    if not W.is_contiguous():  # the transpose of a weight that is
+        W, U, V = W.T, V.T.contiguous(), U.T.contiguous()
     (rows, columns), n = W.shape, U.shape[1]
     if W.numel() and n:
         grid = (triton.cdiv(columns, BLOCK_N), triton.cdiv(rows, BLOCK_M))
@@ -99,7 +101,7 @@ def _check_apart(W: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
 
 def _check_native(W: Tensor, U: Tensor, V: Tensor, contiguous: bool) -> None:
     if contiguous:
-        check("W", W, (None, None), FLOATS)
+        check("W", W.T if W.T.is_contiguous() else W, (None, None), FLOATS)
     elif 1 not in W.stride() and W.numel() > 1:
         raise ValueError(f"W must have neighbouring elements along its rows or its columns, given strides {W.stride()}")
     check("U", U, (W.shape[0], None), WIDE, W)

@@ -15,17 +15,19 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
 class Family:
     """Attribute paths from the causal model, and from a decoder layer those of the edited projection and, where there is one, of the norm
-    between it and the residual stream."""
+    between it and the residual stream. rotary, positions: None where positions are not rotated, or not looked up in a table."""
 
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
-    rotary: str = "model.rotary_emb"
+    rotary: str | None = "model.rotary_emb"
+    positions: str | None = None
     projection: str = "mlp.down_proj"
     post_norm: str | None = None
 
@@ -36,7 +38,10 @@ FAMILIES: dict[str, Family] = {
     "arcee": LLAMA_LIKE,
     "gemma2": POST_NORM,
     "gemma3_text": POST_NORM,
-    "gpt_neox": Family("gpt_neox.layers", "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "gpt_neox.rotary_emb", "mlp.dense_4h_to_h"),
+    "gpt2": Family("transformer.h", "transformer.wte", "transformer.ln_f", None, "transformer.wpe", "mlp.c_proj"),
+    "gpt_neox": Family(
+        "gpt_neox.layers", "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "gpt_neox.rotary_emb", projection="mlp.dense_4h_to_h"
+    ),
     "helium": LLAMA_LIKE,
     "llama": LLAMA_LIKE,
     "ministral": LLAMA_LIKE,
@@ -68,7 +73,8 @@ class Decoder:
     layers: nn.ModuleList
     embedding: nn.Embedding
     norm: nn.Module
-    rotary: nn.Module
+    rotary: nn.Module | None
+    positions: nn.Embedding | None
 
     @property
     def head(self) -> Tensor:
@@ -89,8 +95,15 @@ class Decoder:
         trained = getattr(config, "original_max_position_embeddings", None)
         return min(length for length in (config.max_position_embeddings, window, trained) if length)
 
-    def rotations(self, hidden: Tensor, position: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
+    def embed(self, token: Tensor, position: Tensor) -> Tensor:
+        """What the first layer is given, [N, d], of tokens [N] at positions [N]."""
+        embedded = self.embedding(token)
+        return embedded if self.positions is None else embedded + self.positions(position)
+
+    def rotations(self, hidden: Tensor, position: Tensor) -> Callable[[int], tuple[Tensor, Tensor] | None]:
         """Of each layer the cosines and sines that its attention turns by; families with local and global layers have two pairs."""
+        if self.rotary is None:
+            return lambda layer: None
         kinds = self._rotary_kinds
         if not kinds:
             one = self.rotary(hidden, position)
@@ -111,15 +124,19 @@ class Decoder:
         if self.family.post_norm is None:
             return residual
         norm = attrgetter(self.family.post_norm)(self.layers[layer])
-        projection = self.projection(layer)
-        y = projection(key.to(projection.weight.dtype)).float()
+        y = self.projection(layer)(key.to(self.head.dtype)).float()
         gain = norm(torch.ones_like(y[:1], dtype=self.head.dtype)).float()
         reached = gain.abs() > 1e-3 * gain.abs().max()  # a coordinate that the norm shuts off cannot be moved
         return torch.where(reached, residual * y.pow(2).mean(-1, keepdim=True).sqrt() / gain, 0.0)
 
-    def projection(self, layer: int) -> nn.Linear:
-        """The edited projection of a layer: its weight [d_out, d_in] maps the key to the MLP's output."""
+    def projection(self, layer: int) -> nn.Module:
+        """The edited projection of a layer, which maps the key to the MLP's output."""
         return attrgetter(self.family.projection)(self.layers[layer])
+
+    def weight(self, layer: int) -> Tensor:
+        """The edited weight [d_out, d_in], live; the transpose of what is stored where the projection is a `Conv1D`."""
+        projection = self.projection(layer)
+        return projection.weight.data.T if isinstance(projection, Conv1D) else projection.weight.data
 
     def weight_name(self, layer: int) -> str:
         """The state-dict name of the edited weight."""
@@ -139,7 +156,8 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise UnsupportedModelError("the output head has a bias, which the engine does not compute")
-    parts = [attrgetter(path)(model) for path in (family.layers, family.embedding, family.norm, family.rotary)]
+    places = (family.layers, family.embedding, family.norm, family.rotary, family.positions)
+    parts = [attrgetter(path)(model) if path else None for path in places]
     return Decoder(model, family, *parts)
 
 
@@ -152,7 +170,10 @@ REASONS = (
     ("n_routed_experts", MIXTURE),
     ("vision_config", "it wraps a language model; load that one alone, as a causal language model"),
 )
+OTHERS = {"gptj": "its attention cannot be exchanged (`AttentionInterface`), and its output head has a bias"}
 
 
 def _why_not(config: PretrainedConfig) -> str:
+    if config.model_type in OTHERS:
+        return f": {OTHERS[config.model_type]}"
     return next((f": {reason}" for field, reason in REASONS if getattr(config, field, None)), "")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rose_engine import embedded
@@ -274,7 +274,8 @@ class Editor:
         """
         for delta in deltas:
             self._check_base(delta)
-        return Adapter(self._projections(), deltas)
+        layers = range(len(self.decoder.layers))
+        return Adapter({self.decoder.weight_name(layer): self.decoder.projection(layer) for layer in layers}, deltas)
 
     def stream(self, path: str | Path, lines: Iterable[str | Edit], name: str = "<stream>", **options: Any) -> Iterator[streaming.Step]:
         """Apply edits or JSONL lines batch by batch, each committed to the ledger in directory `path`: `rose_engine.stream.stream`."""
@@ -323,12 +324,9 @@ class Editor:
         return self.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
     def weights(self, layers: Iterable[int] | None = None) -> dict[str, Tensor]:
-        """The weights that may be edited, by state-dict name, live: of the given layers, or of all."""
-        return {name: module.weight.data for name, module in self._projections(layers).items()}
-
-    def _projections(self, layers: Iterable[int] | None = None) -> dict[str, nn.Module]:
+        """The weights [d_out, d_in] that may be edited, by state-dict name, live: of the given layers, or of all."""
         layers = range(len(self.decoder.layers)) if layers is None else layers
-        return {self.decoder.weight_name(layer): self.decoder.projection(layer) for layer in layers}
+        return {self.decoder.weight_name(layer): self.decoder.weight(layer) for layer in layers}
 
     def _keep_base(self, layers: Iterable[int]) -> None:
         """Keep the unedited tensors of layers that are about to be edited for the first time."""

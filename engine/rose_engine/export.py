@@ -53,20 +53,27 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def edited(weight: Tensor, name: str, deltas: Sequence[Delta]) -> Tensor:
-    """A base weight with the deltas written into it in their order: the editor's bits. DeltaError where the base is another one."""
-    _check_weight(weight, name, deltas)
-    weight = weight.clone()
+def edited(stored: Tensor, name: str, deltas: Sequence[Delta]) -> Tensor:
+    """A base weight, as a file stores it, with the deltas written into it in their order: the editor's bits.
+
+    DeltaError where the base is another one.
+    """
+    stored = stored.clone()
+    weight = _checked(stored, name, deltas)
     for delta in deltas:
         if name in delta.factors:
             U, V = delta.factors[name]
             add_low_rank_([weight], [U], [V])
-    return weight
+    return stored
 
 
-def _check_weight(weight: Tensor, name: str, deltas: Sequence[Delta]) -> None:
+def _checked(stored: Tensor, name: str, deltas: Sequence[Delta]) -> Tensor:
+    """The weight [d_out, d_in] that a file stores so or, as GPT-2's do, transposed. DeltaError where it is not that of the deltas."""
+    record = base_records(deltas)[name]
+    weight = stored.T if list(stored.shape) != record["shape"] == list(stored.shape)[::-1] else stored
     (ours,) = fingerprint({name: weight})
-    check_record(ours, base_records(deltas)[name])
+    check_record(ours, record)
+    return weight
 
 
 def export_checkpoint(base: str | Path, deltas: Sequence[Delta], out: str | Path) -> Path:
@@ -128,7 +135,7 @@ def _edited_places(base: Path, deltas: Sequence[Delta]) -> dict[str, str]:
 def check_base(base: str | Path, deltas: Sequence[Delta]) -> None:
     """ExportError or DeltaError where the deltas do not belong to the checkpoint folder `base`."""
     for name, file in _edited_places(Path(base), deltas).items():
-        _check_weight(_tensor(Path(base) / file, name), name, deltas)
+        _checked(_tensor(Path(base) / file, name), name, deltas)
 
 
 def _places(base: Path) -> dict[str, str]:

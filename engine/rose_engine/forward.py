@@ -49,7 +49,7 @@ def tree_on(rows: Sequence[Sequence[int]], device: torch.device) -> Tree:
 def run_tree(decoder: Decoder, tree: Tree, layers: range) -> Tensor:
     """Hidden states [nodes, d] of every node of the tree after the first `len(layers)` layers, which `layers` lists."""
     every = torch.arange(len(tree.token), device=tree.token.device)
-    return run_layers(decoder, decoder.embedding(tree.token), tree.position, layers, TreeAttention(tree, every))
+    return run_layers(decoder, decoder.embed(tree.token, tree.position), tree.position, layers, TreeAttention(tree, every))
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def write_layers(
         if others:
             held = held.joined(others[layer])
         P = held.apply(K)
-        written.factors[name] = rank_update_(decoder.projection(layer).weight.data, K, R, None if P is K else P, recipe.ridge)
+        written.factors[name] = rank_update_(decoder.weight(layer), K, R, None if P is K else P, recipe.ridge)
         written.keys[name] = K
         if layer != last:
             hidden = run_layers(decoder, hidden, tree.position, range(layer, layers[i + 1]), attention)

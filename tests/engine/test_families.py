@@ -8,14 +8,15 @@ import torch
 from peft import PeftModel
 from rose_engine import ROSE, Delta, Editor
 from rose_engine.architecture import FAMILIES, UnsupportedModelError, decoder_of
+from rose_engine.delta import DeltaError
 from rose_engine.edits import group_by_subject
-from rose_engine.export import export_peft
+from rose_engine.export import export_checkpoint, export_peft
 from rose_engine.forms import STATEMENT, row_of
 from rose_engine.forward import pack, prepare, suffix_nll, suffix_step
 from rose_engine.optimize import subject_rows
 from rose_engine.verify import read_rows
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import IMO, LIN, MARTEAU
 from tests.engine.naive import naive_row, run, unedited_prediction
@@ -26,6 +27,7 @@ RECIPE = replace(ROSE, layers=(1, 2), steps=15, lr=0.2)
 EXTRA = {
     "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 128, "query_pre_attn_scalar": 16},
     "gemma3_text": {"sliding_window": 128, "sliding_window_pattern": 3, "query_pre_attn_scalar": 16},
+    "gpt2": {"n_embd": 32, "n_inner": 64, "n_layer": 6, "n_head": 4, "n_positions": 512, "scale_attn_by_inverse_layer_idx": True},
     "gpt_neox": {"rotary_pct": 0.5, "use_parallel_residual": True},
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "mistral": {"sliding_window": 128},
@@ -97,6 +99,19 @@ def test_edit_revert_load_and_ship(model, tokenizer, tmp_path):
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
 
 
+def test_a_transposed_weight_in_a_checkpoint(make_model, tokenizer, tmp_path):
+    """GPT-2 stores its projections as [d_in, d_out]; a delta speaks of them as [d_out, d_in]."""
+    model = make_model("gpt2", initializer_range=0.2, **EXTRA["gpt2"])
+    model.save_pretrained(tmp_path / "base")
+    delta = Editor(model, tokenizer, RECIPE).apply(IMO, verify=False).delta
+    assert list(delta.factors["transformer.h.2.mlp.c_proj.weight"][0].shape) == [32, 24]
+    export_checkpoint(tmp_path / "base", [delta], tmp_path / "edited")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+    with pytest.raises(DeltaError, match="another base"):
+        export_checkpoint(tmp_path / "edited", [delta], tmp_path / "twice")
+
+
 def test_the_write_moves_the_residual_stream_to_the_value(model, tokenizer):
     """With next to no ridge a fact meets its value where no norm stands behind the projection; with one it goes there."""
     editor = Editor(model, tokenizer, replace(RECIPE, steps=3, forms=1, ridge=1e-4))
@@ -154,7 +169,7 @@ def test_a_tokenizer_that_adds_bos(make_model, tokenizer):
         ("qwen3_moe", "mixture of experts"),
         ("t5", "an encoder and a decoder"),
         ("gemma3", "wraps a language model"),
-        ("gptj", "is not supported"),
+        ("gptj", "its attention cannot be exchanged"),
     ],
 )
 def test_what_is_refused_says_why(kind, reason):

@@ -45,6 +45,17 @@ def test_update_is_the_dense_solution(writer, device, rows, columns, n, dtype, r
     assert torch.equal(before, W)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_transposed_weight(writer, device, dtype):
+    """As GPT-2 stores its projections: what is written is what the weight itself would hold."""
+    W, K, R = make(70, 130, 5, dtype, 8, device)
+    stored = W.T.contiguous()
+    factors = rank_update_(W, K, R)
+    turned = rank_update_(stored.T, K, R)
+    assert all(torch.equal(a, b) for a, b in zip(factors, turned, strict=True))
+    torch.testing.assert_close(stored.T, W, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
 def test_write_error_measures_rounding(writer, device):
     errors = {}
     for dtype in DTYPES:
@@ -149,9 +160,9 @@ def test_bad_write_arguments_are_named(monkeypatch, device):
     monkeypatch.setenv("ROSE_BACKEND", "triton")
     W, K, U = make(20, 30, 4, torch.float32, 6, device)
     V = K.T.contiguous()
-    turned = W.T.contiguous().T
+    strided = torch.zeros(20, 60)[:, ::2]
     for message, arguments in (
-        ("W must", (turned, U, V)),
+        ("W must", (strided, U, V)),
         ("does not fit", (W, U[1:], V)),
         ("V must", (W, U, K.T)),
         ("U must", (W, U.double(), V)),
