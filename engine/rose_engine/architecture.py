@@ -143,14 +143,17 @@ class Decoder:
         return f"{self.family.layers}.{layer}.{self.family.projection}.weight"
 
 
+def check_supported(config: PretrainedConfig) -> None:
+    """UnsupportedModelError, with the reason, where the family of a configuration is not in the table."""
+    kind = config.model_type
+    if kind not in FAMILIES:
+        raise UnsupportedModelError(f"model type `{kind}` is not supported{_why_not(config)}; supported are {', '.join(sorted(FAMILIES))}")
+
+
 def decoder_of(model: PreTrainedModel) -> Decoder:
     """The engine's view of `model`. UnsupportedModelError where its family is not in the table."""
-    kind = model.config.model_type
-    family = FAMILIES.get(kind)
-    if family is None:
-        raise UnsupportedModelError(
-            f"model type `{kind}` is not supported{_why_not(model.config)}; supported are {', '.join(sorted(FAMILIES))}"
-        )
+    check_supported(model.config)
+    family = FAMILIES[model.config.model_type]
     if getattr(model, "is_quantized", False):
         raise UnsupportedModelError("the weights are quantised; load the model in float32, bfloat16 or float16")
     head = model.get_output_embeddings()

@@ -362,6 +362,41 @@ def verify(ledger: LedgerArgument) -> None:
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hugging Face id or local folder with a config.json, or smollm2 (embedded).")] = "smollm2",
+    subjects: Annotated[int, typer.Option(min=1, help="How many subjects an edit has.")] = 1,
+    facts: Annotated[int, typer.Option(min=1, help="How many facts of each.")] = 4,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what would be edited in a model, and what memory and time an edit would take, without loading its weights."""
+    from rose_engine.inspect import inspect as look
+
+    found = look(model, subjects=subjects, facts=facts, dtype=dtype, device=device)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    gb = lambda size: f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"  # noqa: E731
+    parts = dict(found["memory_bytes"])
+    total = parts.pop("total")
+    stages = found["seconds"]
+    rows = {
+        "model": f"{found['family']}, {found['layers']} layers, {found['parameters'] / 1e9:.3g} B parameters",
+        "weights": f"{found['dtype']}, {gb(found['model_bytes'])}",
+        "recipe": f"{found['recipe']['name']}: {found['recipe']['forms']} forms, {found['recipe']['steps']} steps",
+        **{name: "x".join(map(str, shape)) for name, shape in found["weights"].items()},
+        "an edit of": f"{subjects} subject(s) with {facts} fact(s): about {found['suffix_tokens']} tokens a step",
+        "memory": f"{gb(total)} above the model ({', '.join(f'{name} {gb(size)}' for name, size in parts.items())})",
+        "delta": gb(found["delta_bytes"]),
+        "time": f"about {_duration(sum(stages.values()))} on {device} ({', '.join(f'{s} {_duration(t)}' for s, t in stages.items())})",
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:{width}s}  {value}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for delta.safetensors and report.json.")] = Path("demo-out"),
     model: ModelOption = "smollm2",
