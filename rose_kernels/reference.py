@@ -128,7 +128,11 @@ def target_nll(hidden: Tensor, head: Tensor, target: Tensor, softcap: float | No
 
 def capped_logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
     """Logits [T, V] of hidden [T, d] under head [V, d], soft-capped where a family caps them, in float32 (float64)."""
-    logits = wide(F.linear(hidden, head))
+    return capped(wide(F.linear(hidden, head)), softcap)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap tanh(logits / softcap), or the logits as they are."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rose_engine.sharding import Sharding, local, sharding_of
+
 
 @dataclass(frozen=True)
 class Family:
@@ -134,9 +136,16 @@ class Decoder:
         return attrgetter(self.family.projection)(self.layers[layer])
 
     def weight(self, layer: int) -> Tensor:
-        """The edited weight [d_out, d_in], live; the transpose of what is stored where the projection is a `Conv1D`."""
+        """The edited weight [d_out, d_in], live: this rank's columns of it, and the transpose of what is stored where the projection is a
+        `Conv1D`."""
         projection = self.projection(layer)
-        return projection.weight.data.T if isinstance(projection, Conv1D) else projection.weight.data
+        weight = local(projection.weight.data)
+        return weight.T if isinstance(projection, Conv1D) else weight
+
+    @cached_property
+    def sharding(self) -> Sharding | None:
+        """How the edited weights are spread over ranks; None where each is whole."""
+        return sharding_of(self.projection(0).weight.data)
 
     def weight_name(self, layer: int) -> str:
         """The state-dict name of the edited weight."""

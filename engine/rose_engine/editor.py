@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rose_engine import embedded
@@ -29,6 +30,7 @@ from rose_engine.forms import Row, bystander_rows, chat_parts
 from rose_engine.geometry import State
 from rose_engine.memory import Memory, facts_in, latest, with_earlier
 from rose_engine.optimize import Progress, Values, optimize_values, subject_rows
+from rose_engine.parallel import optimize_spread
 from rose_engine.precondition import Preconditioner, preconditioner
 from rose_engine.readings import Readings
 from rose_engine.recipe import ROSE, Recipe, preset
@@ -78,18 +80,27 @@ class Editor:
     model: a loaded Hugging Face causal model of a family in `architecture.FAMILIES`; it is edited in place and stays usable as it is.
     tokenizer: its fast tokenizer. recipe: None takes the preset of the model. UnsupportedModelError where the model is not
     one the engine edits. The unedited tensors of the edited layers are kept on the host from the first edit on.
+    group: ranks that each hold such a model and make the same calls; the subjects of an edit are optimised spread over them (`parallel`).
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe | None = None,
+        *,
+        group: ProcessGroup | None = None,
+    ):
         if not tokenizer.is_fast:
             raise ValueError("a fast tokenizer is needed: subjects are located by character offsets")
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.recipe = recipe or preset(model.config)
         self.decoder = decoder_of(model)
+        self._group, sharding = group, self.decoder.sharding
         self._base: dict[str, Tensor] = {}
         self._base_record: dict[str, dict[str, Any]] = {}
         self._applied: list[Delta] = []
-        self._memory = Memory()
+        self._memory = Memory() if sharding is None else Memory(lambda keys: sharding.part(keys, 0))
         self._readings = Readings(self.decoder, tokenizer, self._unedited)
 
     @classmethod
@@ -145,6 +156,8 @@ class Editor:
             raise EditError("there are no edits to apply")
         if recipe.last_layer >= len(self.decoder.layers) - 1:
             raise ValueError(f"layer {recipe.last_layer} cannot be edited: the model has {len(self.decoder.layers)} layers")
+        if certify:
+            self._need_whole("a certificate")
         check_consistent(edits)
         joint = recipe.sequential == "joint"
         before_these = facts_in(self._applied) if joint else []
@@ -159,7 +172,7 @@ class Editor:
         clock("verify")
         rows = [row for plan in plans for row in plan.facts]
         if values is None:
-            values = optimize_values(self.decoder, plans, recipe, progress, clock)
+            values = optimize_spread(self.decoder, plans, recipe, self._group, progress, clock)
         elif (len(values.delta), len(values.wanted)) != (len(subjects), len(rows)):
             raise ValueError(
                 f"the values are of {len(values.delta)} subjects and {len(values.wanted)} rows, not {len(subjects)} and {len(rows)}"
@@ -232,6 +245,7 @@ class Editor:
         """
         if not deltas:
             raise DeltaError("there are no edits to diagnose")
+        self._need_whole("a certificate")
         layers = sorted({layer for delta in deltas for layer in self._check_base(delta)})
         edits, first_step = latest(facts_in(deltas)), replace(ROSE, layers=tuple(layers), steps=1)
         seen, subjects = observation(self.tokenizer, edits, others, layers, self.decoder.max_length), group_by_subject(edits)
@@ -272,6 +286,7 @@ class Editor:
         Their changes are added to what the weights are; a low-rank branch of the edited projections costs two thin products a token.
         DeltaError where a delta belongs to another base.
         """
+        self._need_whole("an adapter")
         for delta in deltas:
             self._check_base(delta)
         layers = range(len(self.decoder.layers))
@@ -332,7 +347,15 @@ class Editor:
         """Keep the unedited tensors of layers that are about to be edited for the first time."""
         new = {name: weight.cpu().clone() for name, weight in self.weights(layers).items() if name not in self._base}
         self._base.update(new)
-        self._base_record.update((record["name"], record) for record in fingerprint(new))
+        for name, weight in self.weights(layers).items():
+            if name in new:
+                sharding = self.decoder.sharding
+                whole = new[name] if sharding is None else sharding.whole_weight(weight)
+                (self._base_record[name],) = fingerprint({name: whole})
+
+    def _need_whole(self, what: str) -> None:
+        if self.decoder.sharding is not None:
+            raise ValueError(f"{what} needs whole weights, and these are spread over ranks; make the edit first, then load its delta")
 
     def _bystanders(self, edits: Sequence[Edit], earlier: Sequence[Edit], count: int) -> list[Row]:
         """Rows of bystanders: about `count` in the prompts of these edits, and as many in other prompts of earlier ones."""
@@ -351,6 +374,8 @@ class Editor:
         Returns the recipe with its prefixes. ValueError or OSError where its corpus does not serve.
         """
         recipe = recipe or self.recipe
+        if recipe.preconditioner != "identity":
+            self._need_whole("a second moment of the keys")
         self._keep_base(recipe.layers)
         return self._readings.complete(recipe)
 
@@ -366,17 +391,18 @@ class Editor:
 
     def _preconditioner(self, recipe: Recipe, without: Sequence[str], name: str) -> Preconditioner:
         """That of a weight: the recipe's base with the keys of earlier edits that the recipe protects; `without`: subjects done again."""
-        weight = self.weights()[name]
-        start = preconditioner(weight.shape[1], recipe.ridge, self._readings.base(recipe, name), weight.device)
+        weight, sharding = self.weights()[name], self.decoder.sharding
+        total = {} if sharding is None else {"total": sharding.total}
+        start = preconditioner(weight.shape[1], recipe.ridge, self._readings.base(recipe, name), weight.device, **total)
         if recipe.sequential == "plain":
             return start
         return self._memory.joined(name, start, self._applied, without if recipe.sequential == "joint" else None)
 
     def _add(self, delta: Delta) -> None:
-        weights = self.weights()
+        weights, sharding = self.weights(), self.decoder.sharding
         W = [weights[name] for name in delta.factors]
         U, V = ([factors[i].to(w.device) for w, factors in zip(W, delta.factors.values(), strict=True)] for i in (0, 1))
-        add_low_rank_(W, U, V)
+        add_low_rank_(W, U, V if sharding is None else [sharding.part(v, 1).contiguous() for v in V])
 
     def _check_base(self, delta: Delta) -> list[int]:
         layer_of = {self.decoder.weight_name(layer): layer for layer in range(len(self.decoder.layers))}

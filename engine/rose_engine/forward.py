@@ -14,15 +14,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rose_engine import block
 from rose_engine.architecture import Decoder
 from rose_engine.attention import SuffixAttention, TreeAttention, attention_of
 from rose_engine.forms import Row
 from rose_engine.packing import Suffixes, Tree, build_tree, inputs, pack_suffixes
+from rose_engine.sharding import scores
 from rose_kernels import inject, row_gradients, target_nll
 from rose_kernels.layer import DTYPES, WIDTH, Layout, products_, rms_norm, rms_norm_backward_
-from rose_kernels.reference import capped_logits
+from rose_kernels.reference import capped, wide
 
 # Rows of the vocabulary's width that exist at one time where the output layer is written out (`_read_out`).
 OUTPUT_ROWS = 64
@@ -166,7 +168,14 @@ def pack(prepared: Prepared, index: Sequence[int]) -> Batch:
 
 def logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     """Logits [T, V] of top-layer hidden states [T, d], float32 (float64 for a float64 model)."""
-    return capped_logits(decoder.norm(hidden), decoder.head, decoder.softcap)
+    return capped(wide(scores(decoder.norm(hidden), decoder.head)), decoder.softcap)
+
+
+def _target_nll(decoder: Decoder, hidden: Tensor, target: Tensor) -> Tensor:
+    """-log P [T] of targets [T] after top-layer hidden states [T, d]."""
+    if isinstance(decoder.head, DTensor):
+        return -logits(decoder, hidden).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    return target_nll(decoder.norm(hidden), decoder.head, target, decoder.softcap)
 
 
 @dataclass(frozen=True)
@@ -199,10 +208,9 @@ def suffix_nll(batch: Batch, delta: Tensor, subject: Tensor) -> Tensor:
     s, p = batch.suffixes, batch.prepared
     hidden = inject(batch.hidden, delta, s.start, subject)
     if p.blocks is None:
-        top = p.decoder.norm(run_layers(p.decoder, hidden, s.position, p.layers, batch.layout)[s.predict])
-    else:
-        top, _ = block.forward(p.blocks, batch.layout, hidden, s.predict, p.space)
-        top = rms_norm(top, *block.norm_of(p.decoder.norm))
+        return _target_nll(p.decoder, run_layers(p.decoder, hidden, s.position, p.layers, batch.layout)[s.predict], s.target)
+    top, _ = block.forward(p.blocks, batch.layout, hidden, s.predict, p.space)
+    top = rms_norm(top, *block.norm_of(p.decoder.norm))
     return target_nll(top, p.decoder.head, s.target, p.decoder.softcap)
 
 
@@ -212,7 +220,7 @@ def _library_step(batch: Batch, hidden: Tensor, count: Tensor) -> tuple[Tensor, 
     hidden.requires_grad_()
     with torch.enable_grad():
         top = run_layers(decoder, hidden, s.position, batch.prepared.layers, batch.layout)
-        nll = target_nll(decoder.norm(top[s.predict]), decoder.head, s.target, decoder.softcap)
+        nll = _target_nll(decoder, top[s.predict], s.target)
         loss = (nll / count[s.target_row]).sum()
         kl = nll.new_zeros(0)
         if len(batch.neutral):

@@ -9,7 +9,7 @@ columns are no longer protected, so that the new ones, at nearly the same keys, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import Tensor
 
@@ -50,9 +50,13 @@ def latest_columns(deltas: Sequence[Delta], without: Collection[str] = ()) -> li
 
 
 class Memory:
-    """The protected keys of the deltas in the weights, by weight: appended to while edits come, built anew where one has left."""
+    """The protected keys of the deltas in the weights, by weight: appended to while edits come, built anew where one has left.
 
-    def __init__(self):
+    part: of a key's rows [d_in, n] those that this rank has.
+    """
+
+    def __init__(self, part: Callable[[Tensor], Tensor] = lambda keys: keys):
+        self._part = part
         self._held: dict[str, tuple[list[tuple], Preconditioner]] = {}
 
     def joined(self, name: str, start: Preconditioner, deltas: Sequence[Delta], without: Collection[str] | None = None) -> Preconditioner:
@@ -70,7 +74,7 @@ class Memory:
         if asked[: len(had)] != had:
             had, held = [], start
         for _, columns, keys in parts[len(had) :]:
-            held = held.joined(_chosen(keys, columns).to(start.keys.device))
+            held = held.joined(self._part(_chosen(keys, columns)).to(start.keys.device))
         if parts:
             self._held[name] = asked, held
         return held if parts else start

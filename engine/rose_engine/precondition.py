@@ -62,13 +62,15 @@ def null_space(Q: Tensor) -> Base:
 @dataclass(frozen=True)
 class Preconditioner:
     """A base, and protected keys K_p [d_in, m] float32 with it: adjusted = base(K_p), as the base gives it, and factor [m, m] float64,
-    the lower Cholesky factor of ridge I + K_p^T base(K_p). Made by `preconditioner`."""
+    the lower Cholesky factor of ridge I + K_p^T base(K_p). total: sums over the ranks that each hold some rows of all keys. Made
+    by `preconditioner`."""
 
     base: Base
     ridge: float
     keys: Tensor
     adjusted: Tensor
     factor: Tensor
+    total: Callable[[Tensor], Tensor]
 
     def joined(self, keys: Tensor) -> Preconditioner:
         """With more keys [d_in, n]: [[L, 0], [X^T, chol(ridge I + K^T B - X^T X)]], B = base(K), X = L^-1 K_p^T B; O(m^2 n + n^3).
@@ -76,8 +78,8 @@ class Preconditioner:
         ValueError where the keys are not finite.
         """
         k, b = keys.double(), self.base(keys)
-        X = torch.linalg.solve_triangular(self.factor, _products(self.keys, b.double()), upper=False)
-        system = k.T @ b.double() - X.T @ X
+        X = torch.linalg.solve_triangular(self.factor, self.total(_products(self.keys, b.double())), upper=False)
+        system = self.total(k.T @ b.double()) - X.T @ X
         system.diagonal().add_(self.ridge)
         corner, info = torch.linalg.cholesky_ex(system)
         if int(info):
@@ -86,7 +88,7 @@ class Preconditioner:
         joined = torch.cat([self.keys, keys.float()], 1)
         # The identity adjusts nothing: one tensor serves as both.
         adjusted = joined if b is keys else torch.cat([self.adjusted.to(b.dtype), b], 1)
-        return Preconditioner(self.base, self.ridge, joined, adjusted, torch.cat([top, torch.cat([X.T, corner], 1)]))
+        return Preconditioner(self.base, self.ridge, joined, adjusted, torch.cat([top, torch.cat([X.T, corner], 1)]), self.total)
 
     def apply(self, K: Tensor) -> Tensor:
         """ridge C^-1 K [d_in, n] float32: B - base(K_p) (ridge I + K_p^T base(K_p))^-1 K_p^T B, B = base(K), solved in float64.
@@ -97,16 +99,18 @@ class Preconditioner:
         if not self.keys.shape[1]:
             return out.float()
         out = out.to(torch.float64, copy=True)
-        share = torch.cholesky_solve(_products(self.keys, out), self.factor)
+        share = torch.cholesky_solve(self.total(_products(self.keys, out)), self.factor)
         for i in range(0, self.keys.shape[1], BLOCK):
             out -= self.adjusted[:, i : i + BLOCK].double() @ share[i : i + BLOCK]
         return out.float()
 
 
-def preconditioner(d_in: int, ridge: float, base: Base = identity, device: torch.device | str = "cpu") -> Preconditioner:
-    """A base that protects nothing yet."""
+def preconditioner(
+    d_in: int, ridge: float, base: Base = identity, device: torch.device | str = "cpu", total: Callable[[Tensor], Tensor] = lambda x: x
+) -> Preconditioner:
+    """A base that protects nothing yet. d_in: rows of a key on this rank; total: the sum over ranks, where there are several."""
     nothing = torch.zeros(d_in, 0, device=device)
-    return Preconditioner(base, ridge, nothing, nothing, torch.zeros(0, 0, dtype=torch.float64, device=device))
+    return Preconditioner(base, ridge, nothing, nothing, torch.zeros(0, 0, dtype=torch.float64, device=device), total)
 
 
 def _products(keys: Tensor, k: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from rose_engine.forms import Row
 from rose_engine.forward import run_layers, run_tree, tree_on
 from rose_engine.precondition import Preconditioner
 from rose_engine.recipe import Recipe
-from rose_kernels import forget_refused, raise_refused, rank_update_
+from rose_engine.sharding import local
+from rose_kernels import add_low_rank_, forget_refused, raise_refused, rank_gram, rank_solve, rank_update_
 
 # U [d_out, n] and V [n, d_in], float32; the weight changed by U V.
 Factors = tuple[Tensor, Tensor]
@@ -94,22 +95,35 @@ def write_layers(
         if others:
             held = held.joined(others[layer])
         P = held.apply(K)
-        written.factors[name] = rank_update_(decoder.weight(layer), K, R, None if P is K else P, recipe.ridge)
-        written.keys[name] = K
+        written.factors[name], written.keys[name] = _update(decoder, layer, K, R, None if P is K else P, recipe.ridge)
         if layer != last:
             hidden = run_layers(decoder, hidden, tree.position, range(layer, layers[i + 1]), attention)
     raise_refused()
     return written
 
 
+def _update(decoder: Decoder, layer: int, K: Tensor, R: Tensor, P: Tensor | None, ridge: float) -> tuple[Factors, Tensor]:
+    """Write one layer; returns the factors and the keys, whole where ranks hold parts of them."""
+    weight, sharding = decoder.weight(layer), decoder.sharding
+    if sharding is None:
+        return rank_update_(weight, K, R, P, ridge), K
+    U, V = R.contiguous(), rank_solve(sharding.total(rank_gram(K, P)), K if P is None else P, ridge)
+    add_low_rank_([weight], [U], [V])
+    return (U, sharding.whole(V, 1)), sharding.whole(K, 0)
+
+
 @contextmanager
 def reading(decoder: Decoder, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """Within the block, a run of these layers leaves here what their edited projections are given: layer -> [tokens, d_in]."""
+    """Within the block, a run of these layers leaves here what their edited projections get, on this rank: layer -> [tokens, d_in]."""
     keys: dict[int, Tensor] = {}
-    hooks = [
-        decoder.projection(layer).register_forward_pre_hook(lambda _, args, layer=layer: keys.update({layer: args[0][0]}))
-        for layer in layers
-    ]
+
+    def read(layer: int, given: Tensor) -> None:
+        key = local(given)[0]
+        if decoder.sharding is not None and key.shape[-1] != decoder.weight(layer).shape[1]:  # given whole, and split inside
+            key = decoder.sharding.part(key, -1)
+        keys[layer] = key
+
+    hooks = [decoder.projection(layer).register_forward_pre_hook(lambda _, args, layer=layer: read(layer, args[0])) for layer in layers]
     try:
         yield keys
     finally:

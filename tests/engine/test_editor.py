@@ -96,7 +96,7 @@ def test_another_base_is_refused(editor, make_model, tokenizer):
         assert same(before, bits(stranger)) and stranger.applied == ()
 
 
-@pytest.mark.parametrize(("stage", "call"), [("snapshot", 1), ("optimize_values", 1), ("write_layers", 1), ("snapshot", 2), ("compare", 1)])
+@pytest.mark.parametrize(("stage", "call"), [("snapshot", 1), ("optimize_spread", 1), ("write_layers", 1), ("snapshot", 2), ("compare", 1)])
 def test_a_failure_at_any_stage_leaves_every_bit(editor, monkeypatch, stage, call):
     """The stage does its work and then fails, at its first or second call (`snapshot` is called before and after the write)."""
     before, calls = bits(editor), []

@@ -1,0 +1,81 @@
+"""Weights that lie in parts on several ranks (tensor parallel), and what a write exchanges for them.
+
+The edited projection is sharded over its input d_in ("rowwise"): rank r holds W[:, r] and is given the keys K[r, :]. The system of
+a write is a sum over ranks, K^T P = sum_r K[r]^T P[r], n x n; each rank then solves for its columns of V and writes its part of W.
+Keys and V are joined for the delta's file, n x d_in numbers each; a d_in x d_in matrix is never sent, and the weights only
+once, row block by row block, for the SHA-256 of the base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+# Rows of a weight that are joined at one time.
+ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """The ranks of a process group that each hold some columns of the weights: sizes of all of them, and which is this rank's."""
+
+    group: dist.ProcessGroup
+    rank: int
+    sizes: tuple[int, ...]
+
+    def part(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of a tensor that is whole along a dimension."""
+        return x.split(self.sizes, dim)[self.rank]
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over ranks, the same bits on each of them."""
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def whole(self, x: Tensor, dim: int) -> Tensor:
+        """The ranks' parts joined along a dimension."""
+        parts = [x.new_empty([n if d == dim else size for d, size in enumerate(x.shape)]) for n in self.sizes]
+        for source, part in enumerate(parts):
+            part.copy_(x) if source == self.rank else None
+            dist.broadcast(part, group=self.group, group_src=source)
+        return torch.cat(parts, dim)
+
+    def whole_weight(self, weight: Tensor) -> Tensor:
+        """A weight [d_out, d_in] on the host, of this rank's columns and the others'."""
+        return torch.cat([self.whole(rows.contiguous(), 1).cpu() for rows in weight.split(ROWS)])
+
+
+def sharding_of(weight: Tensor) -> Sharding | None:
+    """How a weight [d_out, d_in] is spread over ranks; None where it is whole. ValueError where it is not spread over d_in alone."""
+    if not isinstance(weight, DTensor):
+        return None
+    mesh = weight.device_mesh
+    spread = [(dim, place) for dim, place in enumerate(weight.placements) if not isinstance(place, Replicate) and mesh.size(dim) > 1]
+    if not spread:
+        return None
+    if len(spread) > 1 or spread[0][1] != Shard(1):
+        raise ValueError(f"the edited weights must be sharded over their input alone, Shard(1), not {weight.placements}")
+    dim, d_in = spread[0][0], weight.shape[1]
+    share = -(-d_in // mesh.size(dim))  # DTensor's parts: as `torch.chunk` makes them, the last ones shorter or empty
+    sizes = tuple(max(0, min(share, d_in - r * share)) for r in range(mesh.size(dim)))
+    return Sharding(mesh.get_group(dim), mesh.get_local_rank(dim), sizes)
+
+
+def local(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor, the same memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def scores(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden [T, d] times the output matrix [V, d]: where it is spread over ranks, whole [T, V] on each of them, with its gradient."""
+    if not isinstance(head, DTensor):
+        return F.linear(hidden, head)
+    mesh = head.device_mesh
+    given = DTensor.from_local(hidden, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return F.linear(given, head).full_tensor()
