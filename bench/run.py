@@ -7,6 +7,7 @@ first with other recipes (Figs. 6, 19, 12); `sequential` edits subject after sub
 conversations (Table 2). Metrics are those of `bench.quality`, in percent, and perplexity, kl_neutral, fluency (`bench.ability`).
 
 OUT/results.jsonl gets a line as soon as a result is there; run again with the same arguments and what is there is not done again.
+Under `torchrun --nproc-per-node N` the subjects are spread over N processes, each with the model (`bench.ranks`).
 OUT/run.json says what was run on what; OUT/summary.json is {recipe: {metric: [mean, standard deviation over seeds]}}.
 """
 
@@ -30,7 +31,7 @@ from rose_engine.files import replacing
 from rose_engine.moments import model_fingerprint
 from rose_engine.optimize import Diverged
 
-from bench import suites
+from bench import ranks, suites
 from bench.datasets import load, locomo
 from bench.datasets.cases import DataError
 from bench.methods import Method, methods_of
@@ -38,14 +39,6 @@ from bench.quality import METRICS
 from bench.subjects import note
 from bench.suites import SUITES, Job
 from bench.tables import read_lines
-
-
-def mend(path: Path) -> None:
-    """Take away a last line that was cut off."""
-    whole, _, cut = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
-    if cut:
-        with open(path, "r+b") as f:
-            f.truncate(len(whole) + 1 if whole else 0)
 
 
 def positive(text: str) -> int:
@@ -124,16 +117,19 @@ def _short(value: Any) -> str:
 
 
 def execute(job: Job, suite: suites.Suite, note: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measure every cell that has no line yet; returns all lines in the suite's order. The weights are checked after every cell."""
-    path = job.out / "results.jsonl"
-    mend(path)
+    """Measure every cell that has no line yet, on all ranks; returns on rank 0 all lines in the suite's order, elsewhere none.
+
+    The weights are checked after every cell.
+    """
     key_of = lambda key: json.dumps(key, sort_keys=True)  # noqa: E731
     cells = list(suite.cells(job))
-    fields = {name for cell in cells for name in cell.key}
-    done = {key_of({name: line[name] for name in fields}): line for line in read_lines(path)}
-    missing = [cell for cell in cells if key_of(cell.key) not in done]
     if len({key_of(cell.key) for cell in cells}) != len(cells):
         raise SystemExit("two results would have one name; see that no subject is there twice")
+    fields = {name for cell in cells for name in cell.key}
+    known = lambda: {key_of({name: line[name] for name in fields}): line for line in read_lines(job.out / ranks.RESULTS)}  # noqa: E731
+    done = known()
+    ranks.wait()  # for the others to have read it
+    missing = ranks.share([cell for cell in cells if key_of(cell.key) not in done])
     layers = sorted({layer for method in job.methods.values() if method.recipe for layer in method.recipe.layers})
     base = {name: weight.clone() for name, weight in job.editor.weights(layers).items()}
     took: dict[str, list[float]] = {}
@@ -146,12 +142,16 @@ def execute(job: Job, suite: suites.Suite, note: Callable[[str], None]) -> list[
         line["wall_s"] = round(time.perf_counter() - began, 3)
         if any(not torch.equal(weight, base[name]) for name, weight in job.editor.weights(layers).items()):
             raise RuntimeError(f"the weights are not the unedited ones after {cell.key}")
-        append_line(path, line)
-        done[key_of(cell.key)] = line
+        append_line(ranks.own_file(job.out), line)
         took.setdefault(cell.key["recipe"], []).append(line["wall_s"])
         what = " ".join(str(part) for part in cell.key.values())
         how = f"failed, {line['failed']}" if "failed" in line else f"{line['wall_s']:.1f} s"
         note(f"{number + 1}/{len(missing)} {what}: {how}; {_left(missing[number + 1 :], took)} left")
+    ranks.wait()
+    if ranks.place()[0]:
+        return []
+    ranks.merge(job.out)
+    done = known()
     return [done[key_of(cell.key)] for cell in cells]
 
 
@@ -188,18 +188,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, the faster of the first two on this machine")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    suite, about = SUITES[args.suite], args.out / "run.json"
+    with ranks.joined():
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print the table; rank 0 writes what is not a rank's own."""
+    suite, about, leads = SUITES[args.suite], args.out / "run.json", ranks.place()[0] == 0
     if args.dtype == "auto" and about.exists():  # what was the faster one when the run began
         args.dtype = json.loads(about.read_text())["model"]["dtype"]
     editor = Editor.from_pretrained(args.model, dtype=args.dtype, device=args.device)
     methods = methods_of(args.recipes or suite.recipes, editor)
-    check_same(about, described(args, editor, methods))
+    described_now = described(args, editor, methods)
+    if leads:
+        check_same(about, described_now)
+        ranks.merge(args.out)
+    ranks.wait()
     job = Job(editor, methods, Path(args.data), args.subjects, args.seeds, args.out)
     lines = execute(job, suite, note)
-    table = suites.summary(suite, lines, methods, args.seeds)
-    with replacing(args.out / "summary.json") as temporary:
-        temporary.write_text(json.dumps(table, indent=1) + "\n")
-    print(text_of(table))
+    if leads:
+        table = suites.summary(suite, lines, methods, args.seeds)
+        with replacing(args.out / "summary.json") as temporary:
+            temporary.write_text(json.dumps(table, indent=1) + "\n")
+        print(text_of(table))
     return 0
 
 

@@ -88,6 +88,27 @@ def test_a_killed_run_ends_like_another(folder, suite):
     assert ours == theirs
 
 
+def test_several_processes_make_one_table(folder):
+    """Two ranks: the table of one; and what killed ranks have left is gone on with."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bench.run"]
+    process = subprocess.Popen(
+        [*command, *arguments(folder, "ranks", subjects=2)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-2000:]
+    assert said.count("vanilla") == 1 and "6/6" not in errors and errors.count("3/3") == 2
+    assert not list((folder / "ranks").glob("results.rank*")) and len(read_lines(folder / "ranks" / "results.jsonl")) == 6
+    alone = run(folder, "alone", subjects=2)
+    assert json.loads((folder / "ranks" / "summary.json").read_text()) == alone
+    lines = read_lines(folder / "ranks" / "results.jsonl")
+    for rank in range(2):  # as if both had been killed, one in the middle of a line
+        text = "".join(json.dumps(line) + "\n" for line in lines[rank::2])
+        (folder / "ranks" / f"results.rank{rank}.jsonl").write_text(text if rank else text + '{"recipe": "ro')
+    (folder / "ranks" / "results.jsonl").unlink()
+    assert run(folder, "ranks", subjects=2) == alone
+    assert len(read_lines(folder / "ranks" / "results.jsonl")) == 6
+
+
 def read_lines_of(path):
     return path.read_text().splitlines() if path.exists() else []
 
