@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rose_engine.branch import QUANTISERS, Branch, branch_beside
 from rose_engine.sharding import Sharding, local, sharding_of
 
 
@@ -135,17 +136,30 @@ class Decoder:
         """The edited projection of a layer, which maps the key to the MLP's output."""
         return attrgetter(self.family.projection)(self.layers[layer])
 
-    def weight(self, layer: int) -> Tensor:
-        """The edited weight [d_out, d_in], live: this rank's columns of it, and the transpose of what is stored where the projection is a
-        `Conv1D`."""
+    @property
+    def quantiser(self) -> str | None:
+        """The method by which the weights are quantised; None where they are not."""
+        return _quantiser(self.model)
+
+    @cached_property
+    def _branches(self) -> dict[int, Branch]:
+        return {}
+
+    def weight(self, layer: int) -> Tensor | Branch:
+        """The edited weight [d_out, d_in], live: this rank's columns of it, the transpose of what is stored where the projection is a
+        `Conv1D`, and the branch beside it where it is quantised."""
         projection = self.projection(layer)
+        if self.quantiser:
+            if layer not in self._branches:
+                self._branches[layer] = branch_beside(projection)
+            return self._branches[layer]
         weight = local(projection.weight.data)
         return weight.T if isinstance(projection, Conv1D) else weight
 
     @cached_property
     def sharding(self) -> Sharding | None:
         """How the edited weights are spread over ranks; None where each is whole."""
-        return sharding_of(self.projection(0).weight.data)
+        return None if self.quantiser else sharding_of(self.projection(0).weight.data)
 
     def weight_name(self, layer: int) -> str:
         """The state-dict name of the edited weight."""
@@ -163,14 +177,25 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
     """The engine's view of `model`. UnsupportedModelError where its family is not in the table."""
     check_supported(model.config)
     family = FAMILIES[model.config.model_type]
-    if getattr(model, "is_quantized", False):
-        raise UnsupportedModelError("the weights are quantised; load the model in float32, bfloat16 or float16")
+    method = _quantiser(model)
+    if method is not None and method not in QUANTISERS:
+        raise UnsupportedModelError(
+            f"the weights are quantised by {method}, through which no gradient is known to pass; quantise with {' or '.join(QUANTISERS)},"
+            " or edit the model in float32, bfloat16 or float16 and ship the edit as an adapter"
+        )
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise UnsupportedModelError("the output head has a bias, which the engine does not compute")
     places = (family.layers, family.embedding, family.norm, family.rotary, family.positions)
     parts = [attrgetter(path)(model) if path else None for path in places]
     return Decoder(model, family, *parts)
+
+
+def _quantiser(model: PreTrainedModel) -> str | None:
+    if not getattr(model, "is_quantized", False):
+        return None
+    method = getattr(model.config.quantization_config, "quant_method", "an unknown method")
+    return str(getattr(method, "value", method))
 
 
 MIXTURE = "of a mixture of experts, which expert holds a fact differs from token to token"

@@ -332,6 +332,7 @@ def export(
     rank: Annotated[int | None, typer.Option(min=1, help="Of the adapter: at most so many; rounded up to one that servers accept.")] = None,
     tolerance: Annotated[float, typer.Option(help="Of the adapter: relative error that each weight's change may have.")] = 1e-6,
     at: Annotated[int | None, typer.Option(help="Of a ledger: the state after this commit. Default: the last.")] = None,
+    adopt: Annotated[bool, typer.Option(help="The edits were made on this model in another precision, such as a quantised one.")] = False,
 ) -> None:
     """Ship edits: as a checkpoint, as a PEFT adapter, as tensors; one of them or several."""
     from rose_engine import export as ship
@@ -343,6 +344,8 @@ def export(
         raise ship.ExportError("say what to write: --checkpoint, --peft or --tensors")
     deltas = book.deltas(source, at) if source.is_dir() else [Delta.load(source)]
     base = checkpoint_folder(model)
+    if adopt:
+        deltas = ship.adopted(base, deltas)
     if peft:
         ship.check_base(base, deltas)
         error = ship.export_peft(deltas, peft, base=str(base) if model == NAME else model, rank=rank, tolerance=tolerance)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,19 @@ def check_record(ours: Mapping[str, Any], record: Mapping[str, Any]) -> None:
 def state_id(deltas: Sequence[Delta]) -> str | None:
     """What names a state of the weights: the SHA-256 of the ids of the deltas in them, in order; None for the base."""
     return hashlib.sha256("\n".join(delta.id for delta in deltas).encode()).hexdigest() if deltas else None
+
+
+def rebased(deltas: Sequence[Delta], base: Mapping[str, Mapping[str, Any]]) -> list[Delta]:
+    """Deltas, all that stood in some weights in their order, as of another base, given by its records by weight: the same model in
+    another precision. DeltaError where it lacks one of their weights, or has it in another shape."""
+    out: list[Delta] = []
+    for delta in deltas:
+        for record in delta.metadata["base"]:
+            if record["name"] not in base or base[record["name"]]["shape"] != record["shape"]:
+                raise DeltaError(f"the other base has no weight `{record['name']}` of shape {record['shape']}")
+        here = {"base": [dict(base[record["name"]]) for record in delta.metadata["base"]], "parent": state_id(out), "below": len(out)}
+        out.append(replace(delta, metadata={**delta.metadata, **here}))
+    return out
 
 
 def _metadata(header: dict[str, str] | None, path: str | Path) -> dict[str, Any]:

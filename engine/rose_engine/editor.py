@@ -22,8 +22,9 @@ from rose_engine import embedded
 from rose_engine import stream as streaming
 from rose_engine.adapter import Adapter
 from rose_engine.architecture import decoder_of
+from rose_engine.branch import Branch, check_gradient, pass_gradients, quantised_record
 from rose_engine.certificate import Certificate, Observation, certificate_of, observation, subject_keys
-from rose_engine.delta import FORMAT, Delta, DeltaError, check_record, fingerprint, state_id
+from rose_engine.delta import FORMAT, Delta, DeltaError, check_record, fingerprint, rebased, state_id
 from rose_engine.dtype import dtype_of
 from rose_engine.edits import Edit, EditError, Subject, check_consistent, group_by_fact, group_by_subject
 from rose_engine.forms import Row, bystander_rows, chat_parts
@@ -96,6 +97,9 @@ class Editor:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.recipe = recipe or preset(model.config)
         self.decoder = decoder_of(model)
+        if self.decoder.quantiser:
+            pass_gradients(model)
+            check_gradient(self.decoder.projection(len(self.decoder.layers) - 1), self.decoder.head.dtype)
         self._group, sharding = group, self.decoder.sharding
         self._base: dict[str, Tensor] = {}
         self._base_record: dict[str, dict[str, Any]] = {}
@@ -122,7 +126,7 @@ class Editor:
         folder = str(embedded.embedded_model()) if name == embedded.NAME else name
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
-        return cls(model.to(device), tokenizer, recipe)
+        return cls(model if getattr(model, "is_quantized", False) else model.to(device), tokenizer, recipe)
 
     @property
     def applied(self) -> tuple[Delta, ...]:
@@ -305,6 +309,15 @@ class Editor:
             self._check_base(delta)
         self._rewrite(list(deltas))
 
+    def adopt(self, deltas: Sequence[Delta]) -> list[Delta]:
+        """Deltas of the same model in another precision, such as a quantised one, as if they had been made on this base.
+
+        They are all those that stood in the weights there, in their order. DeltaError where this model has not their weights.
+        """
+        layer_of = {self.decoder.weight_name(layer): layer for layer in range(len(self.decoder.layers))}
+        self._keep_base([layer_of[name] for name in sorted({name for delta in deltas for name in delta.factors} & set(layer_of))])
+        return rebased(deltas, self._base_record)
+
     def _rewrite(self, deltas: list[Delta]) -> None:
         weights = self.weights()
         with all_or_nothing(weights[name] for name in self._base):
@@ -338,20 +351,26 @@ class Editor:
         said = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
         return self.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
-    def weights(self, layers: Iterable[int] | None = None) -> dict[str, Tensor]:
-        """The weights [d_out, d_in] that may be edited, by state-dict name, live: of the given layers, or of all."""
+    def weights(self, layers: Iterable[int] | None = None) -> dict[str, Tensor | Branch]:
+        """The weights [d_out, d_in] that may be edited, by state-dict name, live: of the given layers, or of all. Of a quantised model the
+        branches beside them."""
         layers = range(len(self.decoder.layers)) if layers is None else layers
         return {self.decoder.weight_name(layer): self.decoder.weight(layer) for layer in layers}
 
-    def _keep_base(self, layers: Iterable[int]) -> None:
+    def _keep_base(self, layers: Sequence[int]) -> None:
         """Keep the unedited tensors of layers that are about to be edited for the first time."""
         new = {name: weight.cpu().clone() for name, weight in self.weights(layers).items() if name not in self._base}
         self._base.update(new)
-        for name, weight in self.weights(layers).items():
+        for layer, (name, weight) in zip(layers, self.weights(layers).items(), strict=True):
             if name in new:
-                sharding = self.decoder.sharding
-                whole = new[name] if sharding is None else sharding.whole_weight(weight)
-                (self._base_record[name],) = fingerprint({name: whole})
+                self._base_record[name] = self._record(layer, name, weight)
+
+    def _record(self, layer: int, name: str, weight: Tensor | Branch) -> dict[str, Any]:
+        """What identifies an unedited weight in a delta."""
+        if self.decoder.quantiser:
+            return quantised_record(name, self.decoder.projection(layer), self.decoder.quantiser)
+        sharding = self.decoder.sharding
+        return fingerprint({name: weight if sharding is None else sharding.whole_weight(weight)})[0]
 
     def _need_whole(self, what: str) -> None:
         if self.decoder.sharding is not None:
@@ -400,6 +419,10 @@ class Editor:
 
     def _add(self, delta: Delta) -> None:
         weights, sharding = self.weights(), self.decoder.sharding
+        if self.decoder.quantiser:
+            for name, factors in delta.factors.items():
+                weights[name].add(*factors)
+            return
         W = [weights[name] for name in delta.factors]
         U, V = ([factors[i].to(w.device) for w, factors in zip(W, delta.factors.values(), strict=True)] for i in (0, 1))
         add_low_rank_(W, U, V if sharding is None else [sharding.part(v, 1).contiguous() for v in V])

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rose_engine.compress import compress_all, joined
-from rose_engine.delta import Delta, base_records, check_record, fingerprint, tensor_bytes
+from rose_engine.delta import Delta, base_records, check_record, fingerprint, rebased, tensor_bytes
 from rose_engine.files import replacing
 from rose_kernels import add_low_rank_
 
@@ -70,10 +70,14 @@ def edited(stored: Tensor, name: str, deltas: Sequence[Delta]) -> Tensor:
 def _checked(stored: Tensor, name: str, deltas: Sequence[Delta]) -> Tensor:
     """The weight [d_out, d_in] that a file stores so or, as GPT-2's do, transposed. DeltaError where it is not that of the deltas."""
     record = base_records(deltas)[name]
-    weight = stored.T if list(stored.shape) != record["shape"] == list(stored.shape)[::-1] else stored
+    weight = _oriented(stored, record["shape"])
     (ours,) = fingerprint({name: weight})
     check_record(ours, record)
     return weight
+
+
+def _oriented(stored: Tensor, shape: list[int]) -> Tensor:
+    return stored.T if list(stored.shape) != shape == list(stored.shape)[::-1] else stored
 
 
 def export_checkpoint(base: str | Path, deltas: Sequence[Delta], out: str | Path) -> Path:
@@ -136,6 +140,15 @@ def check_base(base: str | Path, deltas: Sequence[Delta]) -> None:
     """ExportError or DeltaError where the deltas do not belong to the checkpoint folder `base`."""
     for name, file in _edited_places(Path(base), deltas).items():
         _checked(_tensor(Path(base) / file, name), name, deltas)
+
+
+def adopted(base: str | Path, deltas: Sequence[Delta]) -> list[Delta]:
+    """The deltas as of the checkpoint folder `base`, the model that they were made on in another precision (`delta.rebased`)."""
+    records = {}
+    for name, file in _edited_places(Path(base), deltas).items():
+        shape, stored = base_records(deltas)[name]["shape"], _tensor(Path(base) / file, name)
+        (records[name],) = fingerprint({name: _oriented(stored, shape)})
+    return rebased(deltas, records)
 
 
 def _places(base: Path) -> dict[str, str]:

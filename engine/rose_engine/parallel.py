@@ -99,11 +99,7 @@ def optimize_spread(
     dist.all_reduce(diverged, dist.ReduceOp.MAX, group=group)
     if (diverged >= 0).any():
         raise Diverged((diverged >= 0).nonzero()[:, 0].tolist(), int(diverged.max()))
-    parts = [
-        _sent(values, subjects[begin:end], decoder, group, rank)
-        for rank, (begin, end) in enumerate(pairwise(shares))
-        if begin < end
-    ]
+    parts = [_sent(values, subjects[begin:end], decoder, group, rank) for rank, (begin, end) in enumerate(pairwise(shares)) if begin < end]
     clock("exchange")
     return Values(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Values)})
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rose_engine.architecture import Decoder
 from rose_engine.attention import TreeAttention
+from rose_engine.branch import Branch
 from rose_engine.forms import Row
 from rose_engine.forward import run_layers, run_tree, tree_on
 from rose_engine.precondition import Preconditioner
@@ -40,7 +41,7 @@ class Written:
 
 
 @contextmanager
-def all_or_nothing(weights: Iterable[Tensor]) -> Iterator[None]:
+def all_or_nothing(weights: Iterable[Tensor | Branch]) -> Iterator[None]:
     """On any exception in the block the weights get back the bits that they had when it began."""
     kept = [(weight, weight.clone()) for weight in weights]
     try:
@@ -105,6 +106,10 @@ def write_layers(
 def _update(decoder: Decoder, layer: int, K: Tensor, R: Tensor, P: Tensor | None, ridge: float) -> tuple[Factors, Tensor]:
     """Write one layer; returns the factors and the keys, whole where ranks hold parts of them."""
     weight, sharding = decoder.weight(layer), decoder.sharding
+    if isinstance(weight, Branch):
+        U, V = R.contiguous(), rank_solve(rank_gram(K, P), K if P is None else P, ridge)
+        weight.add(U, V)
+        return (U, V), K
     if sharding is None:
         return rank_update_(weight, K, R, P, ridge), K
     U, V = R.contiguous(), rank_solve(sharding.total(rank_gram(K, P)), K if P is None else P, ridge)
