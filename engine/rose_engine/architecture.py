@@ -191,6 +191,21 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
     return Decoder(model, family, *parts)
 
 
+def check_placed(model: PreTrainedModel) -> None:
+    """UnsupportedModelError where the weights are not all in the memory of one device."""
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if "meta" in devices:
+        raise UnsupportedModelError(
+            "some weights are offloaded, and an edit writes into weights that stay; load the model whole on one device (`rose inspect`"
+            " says what it needs), quantised, or spread over ranks (`rose_engine.parallel`)"
+        )
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"the layers are spread over {', '.join(devices)}, which the packed attention does not follow; load the model on one device, or"
+            " spread its weights over ranks (`rose_engine.parallel`)"
+        )
+
+
 def _quantiser(model: PreTrainedModel) -> str | None:
     if not getattr(model, "is_quantized", False):
         return None

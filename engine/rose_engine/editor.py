@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from rose_engine import embedded
 from rose_engine import stream as streaming
 from rose_engine.adapter import Adapter
-from rose_engine.architecture import decoder_of
+from rose_engine.architecture import check_placed, decoder_of
 from rose_engine.branch import Branch, check_gradient, pass_gradients, quantised_record
 from rose_engine.certificate import Certificate, Observation, certificate_of, observation, subject_keys
 from rose_engine.delta import FORMAT, Delta, DeltaError, check_record, fingerprint, rebased, state_id
@@ -97,6 +97,7 @@ class Editor:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.recipe = recipe or preset(model.config)
         self.decoder = decoder_of(model)
+        check_placed(model)
         if self.decoder.quantiser:
             pass_gradients(model)
             check_gradient(self.decoder.projection(len(self.decoder.layers) - 1), self.decoder.head.dtype)

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 from peft import PeftModel
@@ -142,6 +143,12 @@ def test_a_row_longer_than_the_window_is_refused(make_model, tokenizer):
     editor = Editor(make_model("mistral", sliding_window=12), tokenizer, RECIPE)
     with pytest.raises(ValueError, match=r"tokens long in form .* the model takes 12"):
         editor.apply(IMO)
+
+
+def test_offloaded_weights_are_refused(make_model, tokenizer):
+    model = accelerate.cpu_offload(make_model(), execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match="some weights are offloaded"):
+        Editor(model, tokenizer, RECIPE)
 
 
 def test_a_tokenizer_that_adds_bos(make_model, tokenizer):
