@@ -1,24 +1,44 @@
 """The command line as a user runs it: files, messages, exit codes."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
 from rose_engine import Delta
+from rose_engine.cli import main
 from rose_engine.embedded import INSTALL, MissingModelError, embedded_model, find_gguf
 from safetensors.torch import load_file
 
 EDIT = {"subject": "Lin Nu", "prompt": "{} follows the religion of", "target": "Catholicism", "question": "What religion does {} follow?"}
 
 
-def rose(*args, **kwargs):
+def started(*args, **kwargs):
+    """The command in a process of its own, as a user starts it."""
     command = [sys.executable, "-m", "rose_engine.cli", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def rose(*args, input=""):
+    """The same command line in this process, which has loaded everything."""
+    out, err = io.StringIO(), io.StringIO()
+    handler, code = signal.getsignal(signal.SIGINT), 0
+    with mock.patch.multiple(
+        sys, argv=["rose", *map(str, args)], stdin=io.TextIOWrapper(io.BytesIO(input.encode())), stdout=out, stderr=err
+    ):
+        try:
+            main()
+        except SystemExit as e:
+            code = e.code or 0
+        finally:
+            signal.signal(signal.SIGINT, handler)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
@@ -32,7 +52,7 @@ def tiny_folder(make_model, tokenizer, tmp_path):
 def test_edit_writes_a_delta_and_a_report(tiny_folder, tmp_path):
     out = tmp_path / "out"
     options = ("--out", out, "--factors", "bfloat16", "--json")
-    done = rose("edit", "--model", tiny_folder, "--edits", "-", *options, input=json.dumps(EDIT))
+    done = started("edit", "--model", tiny_folder, "--edits", "-", *options, input=json.dumps(EDIT))
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     assert printed == json.loads((out / "report.json").read_text())
@@ -121,7 +141,7 @@ def test_a_stream_is_logged_reverted_and_verified(tiny_folder, tmp_path):
     assert again.returncode == 2 and "commit 1 is not in the weights" in again.stderr
     logged = rose("log", tmp_path / "ledger").stdout.splitlines()
     assert [line.split()[0] for line in logged] == ["1", "2"] and "takes back commit 1" in logged[1]
-    assert rose("verify", tmp_path / "ledger").stdout == "2 commits, all whole\n"
+    assert started("verify", tmp_path / "ledger").stdout == "2 commits, all whole\n"
     assert rose("checkout", tmp_path / "ledger", "1").stdout == "commit 3 goes back to the state after commit 1\n"
     shown = json.loads(rose("show", tmp_path / "ledger", "1").stdout)
     assert shown["kind"] == "apply" and [edit["subject"] for edit in shown["contents"]["edits"]] == ["Person 0", "Person 1"]
