@@ -3,9 +3,12 @@
     torchrun --nproc-per-node 2 -m bench.parallel --model smollm2 --mode dp --json -
 
 mode: tp spreads the weights over the ranks, dp the subjects, both does both, in halves. max_rel_diff: the largest difference of a
-weight's change from one process's, relative to its largest element; seconds: of `apply` on the ranks; seconds_one_process: on rank 0, the
-others idle, with as many threads as all ranks have together. bytes_exchanged: what one rank gave to collectives during the edit;
-bytes_base: before it, once for a model, to name the base's weights. Subjects are made up, the base is float32.
+weight's change from one process's, relative to its largest element; max_rel_diff_backends: that of one process from itself where it runs
+plain PyTorch (ROSE_BACKEND=reference), which is what rounding makes of another order of sums; max_rel_diff_write: that of the ranks where
+they write the values that one process has found. seconds: of `apply` on the ranks, after an edit before the clock;
+seconds_one_process: on rank 0, the others idle, with as many threads as all ranks have together. bytes_exchanged: what one rank gave to
+collectives during the edit; bytes_write: where the values are given; bytes_base: before, once for a model, to name the base's weights.
+Subjects are made up, the base is float32.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from rose_engine import Editor
+from rose_engine import Editor, Result
+from rose_engine.optimize import Values
 from rose_engine.parallel import join, leads, shard_weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,6 +56,12 @@ def _tensors(x: Any) -> list[Tensor]:
     return [tensor for part in x for tensor in _tensors(part)] if isinstance(x, (list, tuple)) else []
 
 
+def far(ours: Result, theirs: Result) -> float:
+    """The largest difference of a weight's change, relative to its largest element."""
+    changes = [[U.double() @ V.double() for U, V in result.delta.factors.values()] for result in (ours, theirs)]
+    return max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(*changes, strict=True))
+
+
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """What is printed; on every rank, of which rank 0 has the figures of one process."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -58,30 +69,40 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     mesh = join(args.device, tensor_parallel)
     edits = facts_of(args.subjects, args.facts)
     editor = Editor.from_pretrained(args.model, dtype="float32", device=args.device)
+    recipe = replace(editor.recipe, steps=args.steps) if args.steps else editor.recipe
+    first = replace(recipe, steps=1)  # an edit before the clock, here and on the ranks
     if leads():
         threads = torch.get_num_threads()
         torch.set_num_threads(threads * world)
-        recipe = replace(editor.recipe, steps=args.steps) if args.steps else editor.recipe
+        editor.revert(editor.apply(edits, recipe=first, verify=False))
         began = time.perf_counter()
         one = editor.apply(edits, recipe=recipe, verify=False)
         seconds_one = time.perf_counter() - began
         editor.revert(one)
+        with mock.patch.dict(os.environ, ROSE_BACKEND="reference"):
+            plain = editor.apply(edits, recipe=recipe, verify=False)
+        editor.revert(plain)
         torch.set_num_threads(threads)
     dist.barrier()
     model, tokenizer = editor.model, editor.tokenizer
     if tensor_parallel > 1:
         shard_weights(model, mesh["weights"])
     editor = Editor(model, tokenizer, group=mesh["subjects"].get_group())
-    recipe = replace(editor.recipe, steps=args.steps) if args.steps else editor.recipe
     with Traffic() as base:
         editor.prepare(recipe)
+    editor.revert(editor.apply(edits, recipe=first, verify=False))
     dist.barrier()
     with Traffic() as traffic:
         began = time.perf_counter()
         result = editor.apply(edits, recipe=recipe, verify=False)
         seconds = time.perf_counter() - began
-    ids = [None] * world
-    dist.all_gather_object(ids, [factors[0].sum().item() for factors in result.delta.factors.values()])
+    alone = [{name: x.cpu() for name, x in vars(one.values).items()} if leads() else None]
+    dist.broadcast_object_list(alone)
+    editor.revert(result)
+    with Traffic() as writing:
+        written = editor.apply(edits, recipe=recipe, verify=False, values=Values(**{k: x.to(args.device) for k, x in alone[0].items()}))
+    sums = [None] * world
+    dist.all_gather_object(sums, [float(U.sum() + V.sum()) for U, V in result.delta.factors.values()])
     found = {
         "mode": args.mode,
         "ranks": world,
@@ -91,16 +112,15 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "split": result.seconds,
         "bytes_exchanged": traffic.bytes,
+        "bytes_write": writing.bytes,
         "bytes_base": base.bytes,
-        "same_on_every_rank": all(x == ids[0] for x in ids),
+        "same_on_every_rank": all(x == sums[0] for x in sums),
     }
     if leads():
-        changes = [
-            (U.double() @ V.double(), one.delta.factors[name][0].double() @ one.delta.factors[name][1].double())
-            for name, (U, V) in result.delta.factors.items()
-        ]
         found |= {
-            "max_rel_diff": max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in changes),
+            "max_rel_diff": far(result, one),
+            "max_rel_diff_write": far(written, one),
+            "max_rel_diff_backends": far(plain, one),
             "seconds_one_process": seconds_one,
         }
     return found

@@ -51,6 +51,19 @@ def wait() -> None:
         dist.barrier()
 
 
+def first(value: Any) -> Any:
+    """Rank 0's value."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def device(name: str) -> str:
+    """The device of this rank: of several GPUs the one of its place on the machine."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and place()[1] > 1 else name
+
+
 def own_file(out: Path) -> Path:
     """The file that this rank appends to."""
     rank, world = place()
@@ -72,8 +85,12 @@ def merge(out: Path) -> None:
 
 
 def share(cells: Sequence[Any]) -> list[Any]:
-    """The cells of this rank: of each subject those of all recipes, subjects in turn."""
+    """The cells of this rank: of each subject those of all recipes and seeds, of a sequence those of all counts, in turn."""
     rank, world = place()
     names: dict[str, int] = {}
-    turn = [names.setdefault(str([value for field, value in cell.key.items() if field != "recipe"]), len(names)) for cell in cells]
+
+    def unit(key: dict[str, Any]) -> str:
+        return str([value for field, value in key.items() if (field in ("recipe", "seed")) == ("count" in key)])
+
+    turn = [names.setdefault(unit(cell.key), len(names)) for cell in cells]
     return [cell for cell, number in zip(cells, turn, strict=True) if number % world == rank]

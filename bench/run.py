@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from rose_engine import Editor
+from rose_engine.dtype import dtype_of
 from rose_engine.editor import versions
 from rose_engine.edits import EditError
 from rose_engine.files import replacing
@@ -60,6 +61,7 @@ def hardware(device: str) -> dict[str, Any]:
     """What the run runs on."""
     found: dict[str, Any] = {
         "system": platform.platform(),
+        "ranks": ranks.place()[1],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
     cpu = Path("/proc/cpuinfo")
@@ -197,11 +199,12 @@ def run(args: argparse.Namespace) -> int:
     suite, about, leads = SUITES[args.suite], args.out / "run.json", ranks.place()[0] == 0
     if args.dtype == "auto" and about.exists():  # what was the faster one when the run began
         args.dtype = json.loads(about.read_text())["model"]["dtype"]
+    args.dtype, args.device = ranks.first(str(dtype_of(args.dtype, args.device)).removeprefix("torch.")), ranks.device(args.device)
     editor = Editor.from_pretrained(args.model, dtype=args.dtype, device=args.device)
     methods = methods_of(args.recipes or suite.recipes, editor)
-    described_now = described(args, editor, methods)
+    now = described(args, editor, methods)
     if leads:
-        check_same(about, described_now)
+        check_same(about, now)
         ranks.merge(args.out)
     ranks.wait()
     job = Job(editor, methods, Path(args.data), args.subjects, args.seeds, args.out)

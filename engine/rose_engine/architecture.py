@@ -159,7 +159,12 @@ class Decoder:
     @cached_property
     def sharding(self) -> Sharding | None:
         """How the edited weights are spread over ranks; None where each is whole."""
-        return None if self.quantiser else sharding_of(self.projection(0).weight.data)
+        if self.quantiser:
+            return None
+        found = sharding_of(self.projection(0).weight.data)
+        if found is not None and isinstance(self.projection(0), Conv1D):
+            raise ValueError(f"`{self.model.config.model_type}` stores its weights transposed and is not edited spread over ranks")
+        return found
 
     def weight_name(self, layer: int) -> str:
         """The state-dict name of the edited weight."""
@@ -184,6 +189,8 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
             " or edit the model in float32, bfloat16 or float16 and ship the edit as an adapter"
         )
     head = model.get_output_embeddings()
+    if not head.weight.is_floating_point():
+        raise UnsupportedModelError("the output head is quantised; leave it in full precision, which is the quantisers' default")
     if getattr(head, "bias", None) is not None:
         raise UnsupportedModelError("the output head has a bias, which the engine does not compute")
     places = (family.layers, family.embedding, family.norm, family.rotary, family.positions)

@@ -9,10 +9,13 @@ would be, so that edits, reverts and deltas are the same as elsewhere.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rose_engine.delta import tensor_bytes
 
 # Of those that transformers knows, the quantisers whose projections pass a gradient to their input.
 QUANTISERS = ("bitsandbytes",)
@@ -82,7 +85,14 @@ def check_gradient(projection: nn.Module, dtype: torch.dtype) -> None:
 
 
 def branch_beside(projection: nn.Module) -> Branch:
-    """A branch that is added to what a projection puts out."""
+    """The branch that is added to what a projection puts out. ValueError where one is there that holds edits: another editor's."""
+    for hook in projection._forward_hooks.values():
+        if isinstance(hook, Branch):
+            if hook.U.shape[1]:
+                raise ValueError(
+                    "the model holds edits of another editor, beside its quantised weights; go on with that one, or take them back"
+                )
+            return hook
     branch = Branch(projection.out_features, projection.in_features, projection.weight.device)
     projection.register_forward_hook(branch)
     return branch
@@ -90,15 +100,20 @@ def branch_beside(projection: nn.Module) -> Branch:
 
 def quantised_record(name: str, projection: nn.Module, method: str) -> dict[str, Any]:
     """What identifies a quantised weight in a delta's base: the SHA-256 goes over all tensors of the projection's state."""
-    digest = hashlib.sha256()
-    for key, x in sorted(projection.state_dict().items()):
-        if isinstance(x, Tensor):
-            digest.update(f"{key} {x.dtype} {list(x.shape)}\n".encode())
-            digest.update(x.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    state = {key: x for key, x in projection.state_dict().items() if isinstance(x, Tensor)}
     shape = [projection.out_features, projection.in_features]
-    return {
-        "name": name,
-        "shape": shape,
-        "dtype": f"{method} {projection.weight.dtype}".replace("torch.", ""),
-        "sha256": digest.hexdigest(),
-    }
+    return {"name": name, "shape": shape, "dtype": f"{method} {state['weight'].dtype}".replace("torch.", ""), "sha256": state_digest(state)}
+
+
+def is_quantised(record: Mapping[str, Any]) -> bool:
+    """Whether a record is a `quantised_record`."""
+    return record["dtype"].startswith(tuple(f"{method} " for method in QUANTISERS))
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of the tensors of a projection, in the order of their names within it."""
+    digest = hashlib.sha256()
+    for key, x in sorted(state.items()):
+        digest.update(f"{key} {x.dtype} {list(x.shape)}\n".encode())
+        digest.update(tensor_bytes(x))
+    return digest.hexdigest()

@@ -60,6 +60,8 @@ def load_editor(model: str, dtype: str | None, device: str):
     from rose_engine.editor import Editor
     from rose_kernels.backend import serving
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RuntimeError("the command line is one process's; docs/how-to.md has a program for several ranks")
     serving(device, "rank_update_")
     errors.print(f"loading {model}", markup=False)
     return Editor.from_pretrained(model, dtype=dtype, device=device)
@@ -386,7 +388,7 @@ def inspect(
     stages = found["seconds"]
     rows = {
         "model": f"{found['family']}, {found['layers']} layers, {found['parameters'] / 1e9:.3g} B parameters",
-        "weights": f"{found['dtype']}, {gb(found['model_bytes'])}",
+        "weights": f"{found['dtype']}, projections of {found['bits']} bits: {gb(found['model_bytes'])}",
         "recipe": f"{found['recipe']['name']}: {found['recipe']['forms']} forms, {found['recipe']['steps']} steps",
         **{name: "x".join(map(str, shape)) for name, shape in found["weights"].items()},
         "an edit of": f"{subjects} subject(s) with {facts} fact(s): about {found['suffix_tokens']} tokens a step",

@@ -142,14 +142,18 @@ def state_id(deltas: Sequence[Delta]) -> str | None:
 
 def rebased(deltas: Sequence[Delta], base: Mapping[str, Mapping[str, Any]]) -> list[Delta]:
     """Deltas, all that stood in some weights in their order, as of another base, given by its records by weight: the same model in
-    another precision. DeltaError where it lacks one of their weights, or has it in another shape."""
+    another precision. What was measured there, report and certificate, is left out. DeltaError where the base lacks one of their weights or
+    has it in another shape, or the first of them stood on others."""
+    if deltas and deltas[0].metadata["below"]:
+        raise DeltaError(f"the delta was made on top of {deltas[0].metadata['below']} other edits; give those too, before it")
     out: list[Delta] = []
     for delta in deltas:
         for record in delta.metadata["base"]:
             if record["name"] not in base or base[record["name"]]["shape"] != record["shape"]:
                 raise DeltaError(f"the other base has no weight `{record['name']}` of shape {record['shape']}")
         here = {"base": [dict(base[record["name"]]) for record in delta.metadata["base"]], "parent": state_id(out), "below": len(out)}
-        out.append(replace(delta, metadata={**delta.metadata, **here}))
+        kept = {key: value for key, value in delta.metadata.items() if key != "certificate"}
+        out.append(replace(delta, metadata={**kept, **here, "report": None}))
     return out
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rose_engine import embedded
 from rose_engine import stream as streaming
@@ -45,7 +45,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Result:
     """What `Editor.apply` did: the delta that was written, the verification and the certificate (None where they were not asked for),
-    seconds by stage (prepare, optimise, write, verify, certify), and the values, of each subject in order of first appearance."""
+    seconds by stage (prepare, optimise, write, verify, certify, and on ranks exchange), and the values, of each subject in order of first
+    appearance."""
 
     delta: Delta
     report: Report | None
@@ -126,8 +127,10 @@ class Editor:
         dtype = dtype_of(dtype, device)
         folder = str(embedded.embedded_model()) if name == embedded.NAME else name
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
-        return cls(model if getattr(model, "is_quantized", False) else model.to(device), tokenizer, recipe)
+        quantised = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), "quantization_config", None)
+        where = {"device_map": {"": device}} if quantised else {}  # a quantised model cannot be moved
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **where)
+        return cls(model if quantised else model.to(device), tokenizer, recipe)
 
     @property
     def applied(self) -> tuple[Delta, ...]:
@@ -298,7 +301,12 @@ class Editor:
         return Adapter({self.decoder.weight_name(layer): self.decoder.projection(layer) for layer in layers}, deltas)
 
     def stream(self, path: str | Path, lines: Iterable[str | Edit], name: str = "<stream>", **options: Any) -> Iterator[streaming.Step]:
-        """Apply edits or JSONL lines batch by batch, each committed to the ledger in directory `path`: `rose_engine.stream.stream`."""
+        """Apply edits or JSONL lines batch by batch, each committed to the ledger in directory `path`: `rose_engine.stream.stream`.
+
+        ValueError where this editor is one of several ranks'.
+        """
+        if self._group is not None or self.decoder.sharding is not None:
+            raise ValueError("a stream is one process's; on ranks, call `apply` on each and commit its delta on the one that leads")
         return streaming.stream(self, path, lines, name, **options)
 
     def restore(self, deltas: Sequence[Delta]) -> None:

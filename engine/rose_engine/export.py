@@ -19,8 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rose_engine.branch import is_quantised, state_digest
 from rose_engine.compress import compress_all, joined
-from rose_engine.delta import Delta, base_records, check_record, fingerprint, rebased, tensor_bytes
+from rose_engine.delta import Delta, DeltaError, base_records, check_record, fingerprint, rebased, tensor_bytes
 from rose_engine.files import replacing
 from rose_kernels import add_low_rank_
 
@@ -70,6 +71,10 @@ def edited(stored: Tensor, name: str, deltas: Sequence[Delta]) -> Tensor:
 def _checked(stored: Tensor, name: str, deltas: Sequence[Delta]) -> Tensor:
     """The weight [d_out, d_in] that a file stores so or, as GPT-2's do, transposed. DeltaError where it is not that of the deltas."""
     record = base_records(deltas)[name]
+    if is_quantised(record):
+        raise DeltaError(
+            f"`{name}` was quantised when the edit was made; ship an adapter of that model, or adopt the edit on the full-precision one"
+        )
     weight = _oriented(stored, record["shape"])
     (ours,) = fingerprint({name: weight})
     check_record(ours, record)
@@ -138,8 +143,16 @@ def _edited_places(base: Path, deltas: Sequence[Delta]) -> dict[str, str]:
 
 def check_base(base: str | Path, deltas: Sequence[Delta]) -> None:
     """ExportError or DeltaError where the deltas do not belong to the checkpoint folder `base`."""
-    for name, file in _edited_places(Path(base), deltas).items():
-        _checked(_tensor(Path(base) / file, name), name, deltas)
+    base = Path(base)
+    places, records = _places(base), base_records(deltas)
+    for name, file in _edited_places(base, deltas).items():
+        if not is_quantised(records[name]):
+            _checked(_tensor(base / file, name), name, deltas)
+            continue
+        before = name.removesuffix("weight")
+        state = {key.removeprefix(before): _tensor(base / place, key) for key, place in places.items() if key.startswith(before)}
+        if state_digest(state) != records[name]["sha256"]:
+            raise DeltaError(f"the delta belongs to another base: `{name}` was quantised otherwise")
 
 
 def adopted(base: str | Path, deltas: Sequence[Delta]) -> list[Delta]:
@@ -199,7 +212,7 @@ def export_peft(deltas: Sequence[Delta], out: str | Path, *, base: str, rank: in
     """
     if not deltas:
         raise ExportError("there are no edits to export")
-    base_records(deltas)
+    base_records(deltas)  # one base
     factors, error = compress_all(joined(deltas), tolerance=tolerance, rank=rank)
     needed = max(U.shape[1] for U, _ in factors.values())
     served = next((r for r in SERVED_RANKS if r >= needed), None)

@@ -187,6 +187,9 @@ def _optimize_batch(
             index = batch.suffixes.row
             result = suffix_step(batch, given, index)
             row_grad[index], row_loss[index] = result.grad, result.loss
+        if decoder.sharding is not None:  # ranks that share weights take the same steps
+            decoder.sharding.same(row_grad)
+            decoder.sharding.same(row_loss)
         loss = segment_mean(segment_mean(row_loss[:facts], relation_offset), subject_offset)
         if not torch.isfinite(loss).all():
             raise Diverged((~torch.isfinite(loss)).nonzero()[:, 0].tolist(), step)

@@ -2,13 +2,15 @@
 
 Every rank makes the same calls on its own `Editor`. Of an edit each optimises its share of the subjects, the values are sent to all, and
 every rank writes the same delta into its weights, or into its part of them. What one process would optimise together is optimised
-together, so that the delta is one process's. Files are for one rank to write (`leads`). A rank that dies takes the others with it:
-their next exchange fails, or `torchrun` stops them, and only weights in memory are lost.
+together: the delta is one process's, with sharded weights up to the rounding of sums in another order. Files are for one rank to write
+(`leads`). A rank that dies takes the others with it: their next exchange fails, or `torchrun` stops them, and only weights in memory
+are lost.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
@@ -28,6 +30,9 @@ from rose_engine.recipe import Recipe
 # How long a rank waits for another that is alive and silent.
 TIMEOUT = timedelta(minutes=30)
 STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+ATTENTION = re.compile("attn|attention")
+# Styles of parameters that every rank keeps whole; they tell of gradients, which weights here have none of.
+WHOLE = ("replicated_with_grad_allreduce", "replicate")
 
 
 def join(device: str | torch.device = "cpu", tensor_parallel: int = 1, timeout: timedelta = TIMEOUT) -> DeviceMesh:
@@ -55,18 +60,22 @@ def leads() -> bool:
 
 def shard_weights(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     """Spread a loaded model's projections over the ranks of a 1-D mesh, in place, by the family's tensor-parallel plan; attention stays
-    whole where the heads do not divide, embedding and output matrix always. ValueError where the plan holds what is not known here.
+    whole where the heads do not divide, norms, embedding and output matrix always. ValueError where the plan holds what is not known here.
 
-    A model that transformers sharded while it loaded it (`DistributedConfig`) can be edited as it is.
+    Make the editor afterwards. A model that transformers sharded while it loaded it (`DistributedConfig`) can be edited as it is.
     """
+    if mesh.size() == 1:
+        return model
     plan = getattr(model.config, "base_model_tp_plan", None) or {}
     heads = (model.config.num_attention_heads, getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads)
     divides = not any(count % mesh.size() for count in heads)
-    chosen = {name: style for name, style in plan.items() if divides or ".self_attn." not in name}
+    chosen = {name: style for name, style in plan.items() if style not in WHOLE and (divides or not ATTENTION.search(name))}
     unknown = sorted(set(chosen.values()) - set(STYLES))
     if not chosen or unknown:
         told = f"its plan holds {', '.join(unknown)}" if unknown else "it has no plan"
         raise ValueError(f"`{model.config.model_type}` cannot be spread over ranks here: {told}; load it sharded with transformers")
+    if model.config.intermediate_size % mesh.size():
+        raise ValueError(f"the MLP's {model.config.intermediate_size} columns do not divide over {mesh.size()} ranks")
     parallelize_module(model.base_model, mesh, {name: STYLES[style]() for name, style in chosen.items()})
     return model.requires_grad_(False)
 
@@ -81,7 +90,7 @@ def optimize_spread(
 ) -> Values:
     """`optimize_values` with the batches of subjects spread over the ranks of a group, and the same values on all of them.
 
-    Diverged on every rank where it is raised on one; progress tells of this rank's subjects alone.
+    Diverged on every rank where it is raised on one, RuntimeError where another one failed; progress tells of this rank's subjects alone.
     """
     if group is None or group.size() == 1:
         return optimize_values(decoder, subjects, recipe, progress, clock)
@@ -89,16 +98,23 @@ def optimize_spread(
     budget = BATCH_TOKENS if len(batches_of(subjects, BATCH_TOKENS)) >= group.size() else 1
     shares = shares_of([len(batch) for batch in batches_of(subjects, budget)], group.size())
     mine = subjects[shares[group.rank()] : shares[group.rank() + 1]]
-    values, diverged = None, torch.full((len(subjects),), -1)
-    if mine:
-        try:
-            values = optimize_values(decoder, mine, recipe, progress, clock, batch_tokens=budget)
-        except Diverged as e:
-            diverged[[shares[group.rank()] + s for s in e.subjects]] = e.step
-    diverged = diverged.to(decoder.embedding.weight.device)
-    dist.all_reduce(diverged, dist.ReduceOp.MAX, group=group)
-    if (diverged >= 0).any():
-        raise Diverged((diverged >= 0).nonzero()[:, 0].tolist(), int(diverged.max()))
+    values, failure = None, None
+    # Of each subject the step at which it diverged; behind them whether a rank failed otherwise.
+    status = torch.full((len(subjects) + 1,), -1)
+    try:
+        values = optimize_values(decoder, mine, recipe, progress, clock, batch_tokens=budget) if mine else None
+    except Diverged as e:
+        status[[shares[group.rank()] + s for s in e.subjects]] = e.step
+    except Exception as e:
+        failure, status[-1] = e, 0
+    status = status.to(decoder.embedding.weight.device)
+    dist.all_reduce(status, dist.ReduceOp.MAX, group=group)
+    if failure is not None:
+        raise failure
+    if status[-1] >= 0:
+        raise RuntimeError("another rank failed while it optimised its subjects; its message says why")
+    if (status >= 0).any():
+        raise Diverged((status >= 0).nonzero()[:, 0].tolist(), int(status.max()))
     parts = [_sent(values, subjects[begin:end], decoder, group, rank) for rank, (begin, end) in enumerate(pairwise(shares)) if begin < end]
     clock("exchange")
     return Values(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Values)})

@@ -41,10 +41,22 @@ class Sharding:
     def whole(self, x: Tensor, dim: int) -> Tensor:
         """The ranks' parts joined along a dimension."""
         parts = [x.new_empty([n if d == dim else size for d, size in enumerate(x.shape)]) for n in self.sizes]
+        parts[self.rank].copy_(x)
         for source, part in enumerate(parts):
-            part.copy_(x) if source == self.rank else None
             dist.broadcast(part, group=self.group, group_src=source)
         return torch.cat(parts, dim)
+
+    def same(self, x: Tensor) -> Tensor:
+        """The first rank's tensor, in place: what should be alike on all ranks, and may differ by the order of a device's sums."""
+        dist.broadcast(x, group=self.group, group_src=0)
+        return x
+
+    def check_finite(self, **tensors: Tensor | None) -> None:
+        """ValueError on every rank, naming the first tensor that holds NaN or Inf on one of them."""
+        given = {name: x for name, x in tensors.items() if x is not None}
+        wrong = self.total(torch.stack([~torch.isfinite(x).all() for x in given.values()]).float())
+        if wrong.any():
+            raise ValueError(f"{list(given)[int(wrong.argmax())]} holds NaN or Inf")
 
     def whole_weight(self, weight: Tensor) -> Tensor:
         """A weight [d_out, d_in] on the host, of this rank's columns and the others'."""
@@ -52,7 +64,9 @@ class Sharding:
 
 
 def sharding_of(weight: Tensor) -> Sharding | None:
-    """How a weight [d_out, d_in] is spread over ranks; None where it is whole. ValueError where it is not spread over d_in alone."""
+    """How a weight [d_out, d_in] is spread over ranks; None where it is whole. ValueError where it is not spread over d_in alone.
+
+    A transposed weight (`Conv1D`) is not of this kind."""
     if not isinstance(weight, DTensor):
         return None
     mesh = weight.device_mesh

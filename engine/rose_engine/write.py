@@ -26,6 +26,7 @@ from rose_engine.precondition import Preconditioner
 from rose_engine.recipe import Recipe
 from rose_engine.sharding import local
 from rose_kernels import add_low_rank_, forget_refused, raise_refused, rank_gram, rank_solve, rank_update_
+from rose_kernels.rank_update import check_finite
 
 # U [d_out, n] and V [n, d_in], float32; the weight changed by U V.
 Factors = tuple[Tensor, Tensor]
@@ -107,11 +108,13 @@ def _update(decoder: Decoder, layer: int, K: Tensor, R: Tensor, P: Tensor | None
     """Write one layer; returns the factors and the keys, whole where ranks hold parts of them."""
     weight, sharding = decoder.weight(layer), decoder.sharding
     if isinstance(weight, Branch):
+        check_finite(R=R)
         U, V = R.contiguous(), rank_solve(rank_gram(K, P), K if P is None else P, ridge)
         weight.add(U, V)
         return (U, V), K
     if sharding is None:
         return rank_update_(weight, K, R, P, ridge), K
+    sharding.check_finite(K=K, P=P, R=R)
     U, V = R.contiguous(), rank_solve(sharding.total(rank_gram(K, P)), K if P is None else P, ridge)
     add_low_rank_([weight], [U], [V])
     return (U, sharding.whole(V, 1)), sharding.whole(K, 0)

@@ -47,12 +47,12 @@ def check(editor, recipe, texts, tmp_path, monkeypatch, same_moments=False):
     z = []
 
     def spy(*args, **options):
-        values = optimize_values(*args, **options)
+        values = optimize(*args, **options)
         z.append(values.v0 + values.delta)
         return values
 
-    optimize_values = editing.optimize_values
-    monkeypatch.setattr(editing, "optimize_values", spy)
+    optimize = editing.optimize_spread
+    monkeypatch.setattr(editing, "optimize_spread", spy)
     calls = {"rome": [FACTS[i : i + 1] for i in range(4)], "alphaedit": [FACTS[:2], FACTS[2:]]}.get(recipe.name, [FACTS])
     before = {layer: editor.decoder.projection(layer).weight.clone() for layer in recipe.layers}
     second = moments(editor.decoder, editor.tokenizer, recipe.layers, recipe.corpus, recipe.corpus_tokens, recipe.seed)

@@ -88,6 +88,6 @@ def test_the_model_keeps_its_own_attention(make_model, tokenizer):
 def test_unsupported_models_are_refused(tokenizer):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model("gpt2", n_embd=16, n_layer=2, n_head=2, vocab_size=50)
-    with pytest.raises(UnsupportedModelError, match="gpt2"):
+    config = AutoConfig.for_model("opt", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=50, word_embed_proj_dim=16)
+    with pytest.raises(UnsupportedModelError, match="opt"):
         decoder_of(AutoModelForCausalLM.from_config(config))

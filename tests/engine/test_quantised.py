@@ -10,9 +10,10 @@ from rose_engine import ROSE, Delta, Editor
 from rose_engine.architecture import UnsupportedModelError, decoder_of
 from rose_engine.branch import Branch, check_gradient, pass_gradients
 from rose_engine.delta import DeltaError
-from rose_engine.export import adopted, export_checkpoint, export_peft
+from rose_engine.export import adopted, check_base, export_checkpoint, export_peft
 from rose_engine.forms import STATEMENT, row_of
 from rose_engine.forward import pack, prepare, suffix_step
+from rose_engine.inspect import inspect
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.conftest import IMO, LIN, MARTEAU
@@ -127,7 +128,7 @@ def test_the_write_meets_what_it_was_asked_for(load, tokenizer):
 
 def test_the_edit_on_the_full_precision_model(load, folder, tokenizer, tmp_path):
     delta = Editor(load(), tokenizer, RECIPE).apply(LIN, verify=False).delta
-    with pytest.raises(DeltaError, match="another base"):
+    with pytest.raises(DeltaError, match="was quantised when the edit was made"):
         export_checkpoint(folder, [delta], tmp_path / "no")
     export_checkpoint(folder, adopted(folder, [delta]), tmp_path / "edited")
     whole = AutoModelForCausalLM.from_pretrained(folder)
@@ -138,6 +139,45 @@ def test_the_edit_on_the_full_precision_model(load, folder, tokenizer, tmp_path)
     with pytest.raises(DeltaError, match="no weight"):
         delta.metadata["base"][0]["name"] = "model.layers.9.mlp.down_proj.weight"
         editor.adopt([delta])
+
+
+def test_a_quantised_checkpoint_and_its_adapter(load, tokenizer, tmp_path):
+    """What was saved quantised is loaded so, told by `inspect`, and known as the base of its edits."""
+    model = load()
+    Editor(model, tokenizer)  # or an answer might pack the weights
+    model.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    editor = Editor.from_pretrained(str(tmp_path / "small"), recipe=RECIPE)
+    delta = editor.apply(LIN, verify=False).delta
+    check_base(tmp_path / "small", [delta])
+    with pytest.raises(DeltaError, match="ship an adapter"):
+        export_checkpoint(tmp_path / "small", [delta], tmp_path / "no")
+    found = inspect(tmp_path / "small", recipe=RECIPE)
+    size = (tmp_path / "small" / "model.safetensors").stat().st_size
+    assert found["bits"] in (4, 8) and found["model_bytes"] == pytest.approx(size, rel=0.05)
+    delta.metadata["base"][0]["sha256"] = "0" * 64
+    with pytest.raises(DeltaError, match="quantised otherwise"):
+        check_base(tmp_path / "small", [delta])
+
+
+def test_a_second_editor_does_not_take_edits_for_the_base(load, tokenizer):
+    model = load()
+    editor = Editor(model, tokenizer, RECIPE)
+    result = editor.apply(LIN, verify=False)
+    with pytest.raises(ValueError, match="edits of another editor"):
+        Editor(model, tokenizer, RECIPE).apply(MARTEAU)
+    editor.revert(result)
+    Editor(model, tokenizer, RECIPE).apply(MARTEAU, verify=False)
+
+
+def test_a_delta_on_top_of_others_is_not_adopted_alone(folder, tokenizer):
+    editor = Editor(AutoModelForCausalLM.from_pretrained(folder), tokenizer, RECIPE)
+    editor.apply(LIN, verify=False)
+    second = editor.apply(MARTEAU).delta
+    with pytest.raises(DeltaError, match="on top of 1 other edits"):
+        adopted(folder, [second])
+    first, again = adopted(folder, editor.applied)
+    assert again.metadata["below"] == 1 and again.metadata["report"] is None and first.metadata["parent"] is None
 
 
 def test_other_quantisers_are_refused(make_model):
