@@ -1,10 +1,10 @@
-"""What editing larger models needs, as docs/scale.md tells it: memory and floors of time, from shapes alone.
+"""What editing larger models needs, as docs/scale.md tells it: memory and time, estimated from shapes alone.
 
     python -m bench.scale --bandwidth 4.8e12 --rate 5e14
 
 Nothing is run. bandwidth (bytes/s) and rate (multiply-adds count two) are those of one GPU: a step reads the weights above L twice and
-multiplies every one of them with every suffix token in both directions, whichever takes longer; layers, products and exchanges that
-do not reach these rates take longer than that. Weights are bfloat16; an edit is one subject with four facts, of average texts.
+multiplies every one of them with every suffix token in both directions, whichever takes longer. Exchanges between GPUs are not counted.
+Weights are bfloat16; an edit is one subject with four facts, of average texts.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def row(s: Shapes, facts: int, bandwidth: float, rate: float) -> dict[str, float
 def text_of(found: dict[str, dict[str, float]]) -> str:
     """A Markdown table."""
     size = lambda x: f"{x / 1e9:.3g} GB" if x >= 1e9 else f"{x / 1e6:.3g} MB"  # noqa: E731
-    lines = ["| | weights | above them | GPUs | an edit, floor | subjects an hour, floor | delta | MEMIT's covariances |", "|" + "---|" * 8]
+    lines = ["| | weights | above them | GPUs | an edit | subjects an hour | delta | MEMIT's covariances |", "|" + "---|" * 8]
     for name, r in found.items():
         cells = [name, size(r["model_bytes"]), size(r["memory_bytes"]), str(r["ranks"]), f"{r['edit_s']:.2g} s"]
         cells += [f"{r['subjects_an_hour']:,.0f}", size(r["delta_bytes"]), size(r["covariance_bytes"])]
