@@ -199,8 +199,8 @@ def run(args: argparse.Namespace) -> int:
     suite, about, leads = SUITES[args.suite], args.out / "run.json", ranks.place()[0] == 0
     if args.dtype == "auto" and about.exists():  # what was the faster one when the run began
         args.dtype = json.loads(about.read_text())["model"]["dtype"]
-    args.dtype, args.device = ranks.first(str(dtype_of(args.dtype, args.device)).removeprefix("torch.")), ranks.device(args.device)
-    editor = Editor.from_pretrained(args.model, dtype=args.dtype, device=args.device)
+    dtype = ranks.first(str(dtype_of(args.dtype, args.device)).removeprefix("torch."))
+    editor = Editor.from_pretrained(args.model, dtype=dtype, device=ranks.device(args.device))
     methods = methods_of(args.recipes or suite.recipes, editor)
     now = described(args, editor, methods)
     if leads:
