@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 -m bench.parallel --model smollm2 --mode dp --json -
 
 mode: tp spreads the weights over the ranks, dp the subjects, both does both, in halves. max_rel_diff: the largest difference of a
-weight's change from one process's, relative to its largest element; max_rel_diff_backends: that of one process from itself where it runs
-plain PyTorch (ROSE_BACKEND=reference), which is what rounding makes of another order of sums; max_rel_diff_write: that of the ranks where
-they write the values that one process has found. seconds: of `apply` on the ranks, after an edit before the clock;
+weight's change from one process's, relative to its largest element; max_rel_diff_plain: from one process that runs the library's layers
+in plain PyTorch (ROSE_BACKEND=reference), as sharded weights do; max_rel_diff_backends: between these two; max_rel_diff_write: where
+the ranks write the values which one process has found.
+seconds: of `apply` on the ranks, after an edit before the clock;
 seconds_one_process: on rank 0, the others idle, with as many threads as all ranks have together. bytes_exchanged: what one rank gave to
 collectives during the edit; bytes_write: where the values are given; bytes_base: before, once for a model, to name the base's weights.
 Subjects are made up, the base is float32.
@@ -120,6 +121,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         found |= {
             "max_rel_diff": far(result, one),
             "max_rel_diff_write": far(written, one),
+            "max_rel_diff_plain": far(result, plain),
             "max_rel_diff_backends": far(plain, one),
             "seconds_one_process": seconds_one,
         }
