@@ -106,7 +106,7 @@ def records_of(facts: Facts, count: int, draw: random.Random) -> list[dict]:
     for number, name in enumerate(draw.sample(names, count)):
         star = []
         for r, relation in RELATIONS.items():
-            others = draw.sample([other for other in names if other != name], 4)
+            others = draw.sample([other for other in names if other != name], min(4, len(names) - 1))
             said = lambda wordings, which, name=name: [wordings[i].replace("{}", name) for i in which]  # noqa: E731
             star.append(
                 {
