@@ -170,6 +170,15 @@ class Decoder:
         """The state-dict name of the edited weight."""
         return f"{self.family.layers}.{layer}.{self.family.projection}.weight"
 
+    def layer_of(self) -> dict[str, int]:
+        """The layer of every weight that may be edited, by its name."""
+        return {self.weight_name(layer): layer for layer in range(len(self.layers))}
+
+    def check_last_layer(self, layer: int) -> None:
+        """ValueError where the last edited layer leaves none above it."""
+        if layer >= len(self.layers) - 1:
+            raise ValueError(f"layer {layer} cannot be edited: the model has {len(self.layers)} layers")
+
 
 def check_supported(config: PretrainedConfig) -> None:
     """UnsupportedModelError, with the reason, where the family of a configuration is not in the table."""
@@ -182,12 +191,7 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
     """The engine's view of `model`. UnsupportedModelError where its family is not in the table."""
     check_supported(model.config)
     family = FAMILIES[model.config.model_type]
-    method = _quantiser(model)
-    if method is not None and method not in QUANTISERS:
-        raise UnsupportedModelError(
-            f"the weights are quantised by {method}, through which no gradient is known to pass; quantise with {' or '.join(QUANTISERS)},"
-            " or edit the model in float32, bfloat16 or float16 and ship the edit as an adapter"
-        )
+    check_quantiser(_quantiser(model))
     head = model.get_output_embeddings()
     if not head.weight.is_floating_point():
         raise UnsupportedModelError("the output head is quantised; leave it in full precision, which is the quantisers' default")
@@ -196,6 +200,15 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
     places = (family.layers, family.embedding, family.norm, family.rotary, family.positions)
     parts = [attrgetter(path)(model) if path else None for path in places]
     return Decoder(model, family, *parts)
+
+
+def check_quantiser(method: str | None) -> None:
+    """UnsupportedModelError where weights are quantised by a method that passes no gradient; None: they are not quantised."""
+    if method is not None and method not in QUANTISERS:
+        raise UnsupportedModelError(
+            f"the weights are quantised by {method}, through which no gradient is known to pass; quantise with {' or '.join(QUANTISERS)},"
+            " or edit the model in float32, bfloat16 or float16 and ship the edit as an adapter"
+        )
 
 
 def check_placed(model: PreTrainedModel) -> None:

@@ -162,8 +162,7 @@ class Editor:
         edits, recipe = list(edits), recipe or self.recipe
         if not edits:
             raise EditError("there are no edits to apply")
-        if recipe.last_layer >= len(self.decoder.layers) - 1:
-            raise ValueError(f"layer {recipe.last_layer} cannot be edited: the model has {len(self.decoder.layers)} layers")
+        self.decoder.check_last_layer(recipe.last_layer)
         if certify:
             self._need_whole("a certificate")
         check_consistent(edits)
@@ -297,8 +296,7 @@ class Editor:
         self._need_whole("an adapter")
         for delta in deltas:
             self._check_base(delta)
-        layers = range(len(self.decoder.layers))
-        return Adapter({self.decoder.weight_name(layer): self.decoder.projection(layer) for layer in layers}, deltas)
+        return Adapter({name: self.decoder.projection(layer) for name, layer in self.decoder.layer_of().items()}, deltas)
 
     def stream(self, path: str | Path, lines: Iterable[str | Edit], name: str = "<stream>", **options: Any) -> Iterator[streaming.Step]:
         """Apply edits or JSONL lines batch by batch, each committed to the ledger in directory `path`: `rose_engine.stream.stream`.
@@ -323,7 +321,7 @@ class Editor:
 
         They are all those that stood in the weights there, in their order. DeltaError where this model has not their weights.
         """
-        layer_of = {self.decoder.weight_name(layer): layer for layer in range(len(self.decoder.layers))}
+        layer_of = self.decoder.layer_of()
         self._keep_base([layer_of[name] for name in sorted({name for delta in deltas for name in delta.factors} & set(layer_of))])
         return rebased(deltas, self._base_record)
 
@@ -437,7 +435,7 @@ class Editor:
         add_low_rank_(W, U, V if sharding is None else [sharding.part(v, 1).contiguous() for v in V])
 
     def _check_base(self, delta: Delta) -> list[int]:
-        layer_of = {self.decoder.weight_name(layer): layer for layer in range(len(self.decoder.layers))}
+        layer_of = self.decoder.layer_of()
         for record in delta.metadata["base"]:
             if record["name"] not in layer_of:
                 raise DeltaError(f"the delta edits `{record['name']}`, which this model does not have")

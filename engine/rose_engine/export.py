@@ -143,16 +143,18 @@ def _edited_places(base: Path, deltas: Sequence[Delta]) -> dict[str, str]:
 
 def check_base(base: str | Path, deltas: Sequence[Delta]) -> None:
     """ExportError or DeltaError where the deltas do not belong to the checkpoint folder `base`."""
-    base = Path(base)
-    places, records = _places(base), base_records(deltas)
+    base, records = Path(base), base_records(deltas)
     for name, file in _edited_places(base, deltas).items():
         if not is_quantised(records[name]):
             _checked(_tensor(base / file, name), name, deltas)
-            continue
-        before = name.removesuffix("weight")
-        state = {key.removeprefix(before): _tensor(base / place, key) for key, place in places.items() if key.startswith(before)}
-        if state_digest(state) != records[name]["sha256"]:
+        elif state_digest(_state_beside(base, name)) != records[name]["sha256"]:
             raise DeltaError(f"the delta belongs to another base: `{name}` was quantised otherwise")
+
+
+def _state_beside(base: Path, name: str) -> dict[str, Tensor]:
+    """A quantised weight of a checkpoint and what its quantiser keeps beside it, by their names within the projection."""
+    before = name.removesuffix("weight")
+    return {key.removeprefix(before): _tensor(base / place, key) for key, place in _places(base).items() if key.startswith(before)}
 
 
 def adopted(base: str | Path, deltas: Sequence[Delta]) -> list[Delta]:

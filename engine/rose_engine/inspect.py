@@ -9,8 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rose_engine import embedded
-from rose_engine.architecture import Decoder, UnsupportedModelError, check_supported, decoder_of
-from rose_engine.branch import QUANTISERS
+from rose_engine.architecture import Decoder, check_quantiser, check_supported, decoder_of
 from rose_engine.dtype import dtype_of
 from rose_engine.estimate import measured_rate, memory, seconds, shapes_of, typical_work
 from rose_engine.recipe import Recipe, preset
@@ -37,14 +36,12 @@ def inspect(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     check_supported(config)
     quantised = getattr(config, "quantization_config", None)
-    if quantised and (method := str(quantised.get("quant_method"))) not in QUANTISERS:
-        raise UnsupportedModelError(f"the weights are quantised by {method}, through which no gradient is known to pass")
+    check_quantiser(str(quantised.get("quant_method")) if quantised else None)
     dtype = dtype_of(dtype, device) or config.dtype or torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     decoder, recipe = decoder_of(model), recipe or preset(config)
-    if recipe.last_layer >= len(decoder.layers) - 1:
-        raise ValueError(f"layer {recipe.last_layer} cannot be edited: the model has {len(decoder.layers)} layers")
+    decoder.check_last_layer(recipe.last_layer)
     shapes, work = shapes_of(decoder), typical_work(subjects, facts, recipe.forms)
     return {
         "family": config.model_type,

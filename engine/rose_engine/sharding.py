@@ -66,7 +66,8 @@ class Sharding:
 def sharding_of(weight: Tensor) -> Sharding | None:
     """How a weight [d_out, d_in] is spread over ranks; None where it is whole. ValueError where it is not spread over d_in alone.
 
-    A transposed weight (`Conv1D`) is not of this kind."""
+    A transposed weight (`Conv1D`) is not of this kind.
+    """
     if not isinstance(weight, DTensor):
         return None
     mesh = weight.device_mesh
