@@ -1,6 +1,7 @@
 """The paper's geometry on a model: tolerance radius against deviation for each recipe, gradient conflict, key similarity.
 
     python -m bench.geometry --model smollm2 --data same_subject_dev.json --subjects 20 --json - [--plot FOLDER] [--forms 2,4,6,8]
+        [--layers 4-12]
 
 Each subject is edited alone with each recipe and taken back. R is eq. 4 around the optimised value on the unedited weights (every target
 at 0.9 or more), R_written the same around what the weights hold after the edit; R_kept and R_kept_written keep a target at the
@@ -8,14 +9,15 @@ probability of the certificate instead, which small models reach. D_question and
 edited layer is moved otherwise than in the statement, in questions that no edit has seen, the sum over layers of what eq. 5 says of one;
 D_layer_*: eq. 5 of the last layer alone, with eq16_* and bound_*, what eq. 16 and eq. 17 or 18 make of it. conflict: eq. 6 between
 relations, with the first recipe. key_similarity: cosines of keys in the last edited layer of the unedited model. spectrum: of the
-second moment there, where a recipe has one. --forms: the same for so many forms (Fig. 19).
+second moment there, where a recipe has one. --forms: the same for so many forms (Fig. 19). --layers: R_kept_written and D after each of
+these layers, and cosines of the keys in them (Fig. 12).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,6 +36,7 @@ from rose_engine.geometry import (
     first_order,
     off_diagonal,
     read_state,
+    similarity,
     tolerance_radius,
     within_and_between,
 )
@@ -42,7 +45,7 @@ from rose_engine.optimize import Values
 from rose_engine.precondition import covariance, moment_factor
 
 from bench.datasets.cases import SubjectCases
-from bench.methods import methods_of
+from bench.methods import layers_of, methods_of
 from bench.output import emit
 from bench.subjects import note, opened, parser_of
 
@@ -70,13 +73,28 @@ def radius(editor: Editor, rows: Sequence[Row], delta: torch.Tensor, step: float
 WRITE = ("name", "preconditioner", "covariance_weight", "null_threshold", "columns", "ridge", "bystanders", "corpus", "corpus_tokens")
 
 
+@dataclass(frozen=True)
+class Measured:
+    """numbers: by name. layers: R_kept_written and D after each layer that was asked for. values: what was written."""
+
+    numbers: dict[str, float]
+    layers: dict[int, dict[str, float]]
+    values: Values
+
+
 def measure(
-    editor: Editor, subject: SubjectCases, recipe: Recipe, spectrum: dict[str, Any] | None, values: Values | None = None
-) -> tuple[dict[str, float], Values]:
-    """The geometry of one subject's edit, which is taken back, and its values; `values`: as found before, to be written otherwise."""
+    editor: Editor,
+    subject: SubjectCases,
+    recipe: Recipe,
+    spectrum: dict[str, Any] | None,
+    values: Values | None = None,
+    layers: Sequence[int] = (),
+) -> Measured:
+    """The geometry of one subject's edit, which is taken back; `values`: as found before, to be written otherwise."""
     rows, count = rows_of(editor, subject), len(subject.cases)
     statements, layer = rows[:count], recipe.last_layer
     before = read_state(editor.decoder, rows, recipe.layers)
+    before_after = {at: read_state(editor.decoder, rows, [at]).hidden for at in layers}
     step = STEP * float(before.hidden[0].norm())
     began = time.perf_counter()
     with editor.preview(subject.edits, recipe=recipe, verify=False, values=values) as result:
@@ -85,13 +103,22 @@ def measure(
         none = torch.zeros_like(result.values.delta[0])
         found |= {"R_written": radius(editor, statements, none, step, layer, 0.9)}
         found |= {"R_kept_written": radius(editor, statements, none, step, layer, KEPT)}
+        by_layer = {}
+        for at, hidden in before_after.items():
+            R = radius(editor, statements, none, STEP * float(hidden[0].norm()), at, KEPT)
+            by_layer[at] = {"R_kept_written": R} | _deviations(hidden, read_state(editor.decoder, rows, [at]).hidden, count)
     value = result.values.delta[0]
     found |= {"R": radius(editor, statements, value, step, layer, 0.9), "R_kept": radius(editor, statements, value, step, layer, KEPT)}
-    moved = (after.hidden - before.hidden).view(3, count, -1)
+    found |= _deviations(before.hidden, after.hidden, count)
     for i, wording in enumerate(WORDINGS, 1):
-        found[f"D_{wording}"] = float((moved[i] - moved[0]).norm(dim=-1).mean())
         found |= {f"{name}_{wording}": x for name, x in _last_layer(editor, result.delta, recipe, after, count, i, spectrum).items()}
-    return found, result.values
+    return Measured(found, by_layer, result.values)
+
+
+def _deviations(before: torch.Tensor, after: torch.Tensor, count: int) -> dict[str, float]:
+    """D by wording from the rows' residual streams [3 * count, d]: statements, then each wording."""
+    moved = (after - before).view(3, count, -1)
+    return {f"D_{wording}": float((moved[i] - moved[0]).norm(dim=-1).mean()) for i, wording in enumerate(WORDINGS, 1)}
 
 
 def _last_layer(
@@ -126,40 +153,56 @@ def spectrum_of(editor: Editor, recipe: Recipe) -> dict[str, Any]:
     return {"factor": moment_factor(moment), **found, "rank_99": int((share < 0.99).sum()) + 1, "width": len(values)}
 
 
-def geometry(editor: Editor, subjects: Sequence[SubjectCases], recipes: dict[str, Recipe], forms: Sequence[int] = ()) -> dict[str, Any]:
+def geometry(
+    editor: Editor, subjects: Sequence[SubjectCases], recipes: dict[str, Recipe], forms: Sequence[int] = (), layers: Sequence[int] = ()
+) -> dict[str, Any]:
     """Means over subjects of all that is measured; `subjects` holds them one by one."""
     spectra = {name: spectrum_of(editor, recipe) for name, recipe in recipes.items() if recipe.preconditioner == "covariance"}
     lines: list[dict[str, Any]] = []
-    keys, owner, conflicts, layer = [], [], [], next(iter(recipes.values())).last_layer
+    last = next(iter(recipes.values())).last_layer
+    keys: dict[int, list[torch.Tensor]] = {layer: [] for layer in (last, *layers)}
     for i, subject in enumerate(subjects):
-        line: dict[str, Any] = {"facts": len(subject.cases), "recipes": {}, "forms": {}}
+        line: dict[str, Any] = {"facts": len(subject.cases), "recipes": {}, "layers": {}, "forms": {}}
         values: dict[Recipe, Values] = {}
-        for recipe_name, recipe in recipes.items():
+        for name, recipe in recipes.items():
             editor.prepare(recipe)
-            alike = replace(recipe, **{name: getattr(ROSE, name) for name in WRITE})
-            line["recipes"][recipe_name], values[alike] = measure(editor, subject, recipe, spectra.get(recipe_name), values.get(alike))
+            alike = replace(recipe, **{field: getattr(ROSE, field) for field in WRITE})
+            found = measure(editor, subject, recipe, spectra.get(name), values.get(alike), layers)
+            line["recipes"][name], line["layers"][name], values[alike] = found.numbers, found.layers, found.values
         centroids = next(iter(values.values())).centroids
         if len(centroids) > 1:
-            conflicts.append(conflict(centroids))
+            line["conflict"] = conflict(centroids).tolist()
         for n in forms:
-            found, _ = measure(editor, subject, replace(recipes["rose"], forms=n), None)
-            line["forms"][n] = {name: found[name] for name in ("R", "R_kept", "D_question", "D_instructed", "seconds")}
-        keys.append(read_state(editor.decoder, rows_of(editor, subject), [layer]).keys[layer])
-        owner += [i] * len(keys[-1])
+            found = measure(editor, subject, replace(recipes["rose"], forms=n), None)
+            line["forms"][n] = {name: found.numbers[name] for name in ("R", "R_kept", "D_question", "D_instructed", "seconds")}
+        rows = rows_of(editor, subject)
+        for layer in keys:
+            keys[layer].append(read_state(editor.decoder, rows, [layer]).keys[layer])
         lines.append(line)
         told = "; ".join(f"{name} R {x['R_kept']:.0f} D {x['D_instructed']:.0f}" for name, x in line["recipes"].items())
         note(f"{i + 1}/{len(subjects)} {subject.name}: {told}")
-    within, between = within_and_between(torch.cat(keys), owner)
     for spectrum in spectra.values():
         del spectrum["factor"]
+    conflicts = [float(off_diagonal(torch.tensor(line["conflict"])).mean()) for line in lines if "conflict" in line]
     return {
         "recipes": {name: _means([line["recipes"][name] for line in lines]) for name in recipes},
-        "conflict": fmean(float(off_diagonal(c).mean()) for c in conflicts) if conflicts else None,
-        "key_similarity": {"within": within, "between": between},
+        "conflict": fmean(conflicts) if conflicts else None,
+        "key_similarity": _similarity(keys[last]),
+        "cosines": similarity(torch.stack([k.mean(0) for k in keys[last]])).tolist(),
         "spectrum": spectra,
         "forms": {n: _means([line["forms"][n] for line in lines]) for n in forms},
+        "layers": {
+            n: {name: _means([line["layers"][name][n] for line in lines]) for name in recipes} | {"keys": _similarity(keys[n])}
+            for n in layers
+        },
         "subjects": lines,
     }
+
+
+def _similarity(keys: Sequence[torch.Tensor]) -> dict[str, float | None]:
+    """Mean cosines of keys, [rows, d_in] of each subject."""
+    owner = [i for i, some in enumerate(keys) for _ in some]
+    return dict(zip(("within", "between"), within_and_between(torch.cat(list(keys)), owner), strict=True))
 
 
 def _means(lines: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -168,19 +211,32 @@ def _means(lines: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:
-    """Write the figures as PNG."""
-    from rose_engine.diagrams import curve_figure, deviation_figure, png
+    """Write the figures as PNG. Subjects and relations are numbered, so that the figures hold no text of the data."""
+    from rose_engine.diagrams import MOST, curve_figure, deviation_figure, matrix_figure, png
 
     figures = {}
     for name in found["recipes"]:
         lines = [line["recipes"][name] for line in found["subjects"]]
         by_form = {wording: [line[f"D_{wording}"] for line in lines] for wording in WORDINGS}
         figures[f"deviation_{name}"] = deviation_figure([line["R_kept"] for line in lines], by_form, f"{name} (Figs. 2, 7)")
+        if found["layers"]:
+            layers = list(found["layers"])
+            curves = {what: [found["layers"][n][name][what] for n in layers] for what in found["layers"][layers[0]][name]}
+            figures[f"layers_{name}"] = curve_figure(layers, curves, "layer", "R, D", f"{name}: after each layer (Fig. 12)")
     if found["forms"]:
         counts = list(found["forms"])
         curves = {what: [found["forms"][n][what] for n in counts] for what in ("R_kept", "D_instructed", "seconds")}
         figures["forms"] = curve_figure(counts, curves, "forms", "R, D; seconds", "number of forms (Fig. 19)")
+    if found["conflict"] is not None:
+        most = max((line["conflict"] for line in found["subjects"] if "conflict" in line), key=len)
+        figures["conflict"] = matrix_figure(most, _numbers(most), "gradient conflict of one subject's facts (Figs. 3, 9)")
+    cosines = [row[:MOST] for row in found["cosines"][:MOST]]
+    figures["similarity"] = matrix_figure(cosines, _numbers(cosines), "cosine of the subjects' mean keys (Fig. 4)", low=-1)
     write_files(folder, {f"{name}.png": png(figure) for name, figure in figures.items()})
+
+
+def _numbers(rows: Sequence[Any]) -> list[str]:
+    return [str(i + 1) for i in range(len(rows))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(dtype="auto")
     parser.add_argument("--recipes", default=",".join(RECIPES), help="recipes by name (`bench.methods`), separated by commas")
     parser.add_argument("--forms", default="", help="numbers of forms to sweep with rose, separated by commas")
+    parser.add_argument("--layers", default="", help="layers to measure after, as 4-12 or 4+8+12")
     parser.add_argument("--plot", type=Path, default=None, metavar="FOLDER", help="write the figures as PNG into this folder")
     args = parser.parse_args(argv)
     editor, data = opened(args)
@@ -199,7 +256,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     forms = [int(n) for n in args.forms.split(",") if n.strip()]
     if forms and "rose" not in recipes:
         raise SystemExit("--forms sweeps the recipe rose, which is not among --recipes")
-    found = geometry(editor, data.subjects, recipes, forms)
+    try:
+        layers = layers_of(args.layers) if args.layers else ()
+    except ValueError:
+        raise SystemExit(f"--layers {args.layers!r}: give layers as 4-12 or 4+8+12") from None
+    beyond = [n for n in layers if not 0 <= n < len(editor.decoder.layers) - 1]
+    if beyond:
+        raise SystemExit(
+            f"--layers: there is no layer {beyond[0]} with another above it; the model has 0 to {len(editor.decoder.layers) - 1}"
+        )
+    found = geometry(editor, data.subjects, recipes, forms, layers)
     if args.plot:
         draw(found, args.plot)
     columns = ("R", "R_written", "R_kept", "R_kept_written", "D_question", "D_instructed", "seconds")

@@ -81,7 +81,7 @@ def _with_settings(recipe: Recipe, settings: str, name: str) -> Recipe:
         if not found or key not in types:
             raise SystemExit(f"{name!r}: {setting!r} is no setting; known are {', '.join(types)}")
         try:
-            values[key] = _layers(text) if key == "layers" else types[key](text)
+            values[key] = layers_of(text) if key == "layers" else types[key](text)
         except (ValueError, TypeError) as e:
             raise SystemExit(f"{name!r}: {setting!r}: {e}") from e
     try:
@@ -90,8 +90,8 @@ def _with_settings(recipe: Recipe, settings: str, name: str) -> Recipe:
         raise SystemExit(f"{name!r}: {e}") from e
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    """`4-8` or `4+6+8`."""
+def layers_of(text: str) -> tuple[int, ...]:
+    """Layer numbers, written `4-8` or `4+6+8`. ValueError where they are not."""
     first, found, last = text.partition("-")
     return tuple(range(int(first), int(last) + 1)) if found else tuple(int(layer) for layer in text.split("+"))
 

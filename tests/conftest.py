@@ -17,6 +17,8 @@ from rose_engine import Edit, Editor
 from rose_engine.embedded import embedded_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from rose_kernels import native
+
 settings.register_profile("rose", deadline=None)  # speed is never asserted in a test
 settings.load_profile("rose")
 
@@ -41,6 +43,14 @@ def tokenizer():
 def smollm2() -> Editor:
     """The embedded model. A test that edits it takes its edits back."""
     return Editor.from_pretrained("smollm2")
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache directory of the test's own. The native library, which takes minutes to build, is taken from the common one before."""
+    native.served()
+    monkeypatch.setenv("ROSE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture

@@ -27,8 +27,7 @@ SMALL = {"layers": (1, 2), "steps": 3, "lr": 0.3, "corpus_tokens": 900}
 
 
 @pytest.fixture
-def editor(make_model, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("ROSE_CACHE", str(tmp_path / "cache"))
+def editor(make_model, tokenizer, own_cache):
     return Editor(make_model(initializer_range=0.3), tokenizer, replace(ROSE, **SMALL))
 
 
@@ -40,7 +39,7 @@ def test_geometry_is_that_of_each_edit(editor, tmp_path):
     rose = replace(ROSE_PAPER, **SMALL)
     trap = replace(rose, preconditioner="covariance", covariance_weight=0.5, corpus=str(corpus))
     weights = {name: weight.clone() for name, weight in editor.weights().items()}
-    found = geometry.geometry(editor, SUBJECTS, {"rose": rose, "trap": trap}, forms=(2,))
+    found = geometry.geometry(editor, SUBJECTS, {"rose": rose, "trap": trap}, forms=(2,), layers=(1, 2))
     assert all(torch.equal(weight, weights[name]) for name, weight in editor.weights().items())
 
     for name in ("R", "D_question", "D_instructed", "bound_instructed"):
@@ -51,6 +50,12 @@ def test_geometry_is_that_of_each_edit(editor, tmp_path):
     assert first["rose"]["R_kept"] == first["trap"]["R_kept"] and first["rose"]["D_question"] != first["trap"]["D_question"]
     for recipe in first.values():
         assert 0 < recipe["D_layer_question"] <= recipe["bound_question"]
+
+    last = found["layers"][2]
+    for name, means in found["recipes"].items():  # after the last edited layer stands what is measured there anyway
+        assert {what: means[what] for what in last[name]} == pytest.approx(last[name], rel=1e-5)
+    assert last["keys"] == found["key_similarity"] != found["layers"][1]["keys"]
+    assert found["layers"][1]["rose"]["D_question"] != last["rose"]["D_question"]
 
     gradients = [editor.apply(s.edits, recipe=rose, verify=False).values.centroids for s in SUBJECTS[:1]]
     editor.restore([])
@@ -63,7 +68,10 @@ def test_geometry_is_that_of_each_edit(editor, tmp_path):
     values = torch.linalg.eigvalsh(moment)
     assert found["spectrum"]["trap"]["condition"] == pytest.approx(float(values[-1] / values[0]), rel=1e-6)
     geometry.draw(found, tmp_path / "plots")
-    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"deviation_rose.png", "deviation_trap.png", "forms.png"}
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {
+        *(f"{figure}_{recipe}.png" for figure in ("deviation", "layers") for recipe in ("rose", "trap")),
+        *(f"{figure}.png" for figure in ("forms", "conflict", "similarity")),
+    }
 
 
 def test_questions_that_do_not_name_the_subject_are_not_asked(editor):

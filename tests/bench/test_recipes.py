@@ -40,7 +40,6 @@ def plain_program(recipe, model, tokenizer, C, settings):
 
 def check(editor, recipe, texts, tmp_path, monkeypatch, same_moments=False):
     """same_moments: the plain program is given the engine's; a corpus that is small for the model's width leaves directions to rounding."""
-    monkeypatch.setenv("ROSE_CACHE", str(tmp_path))
     (tmp_path / "corpus.txt").write_text("".join(texts))
     recipe = replace(recipe, prefixes=PREFIXES, stop_loss=0.0, corpus=str(tmp_path / "corpus.txt"), corpus_tokens=20_000)
     plain = copy.deepcopy(editor.model)
@@ -80,7 +79,7 @@ RECIPES = pytest.mark.parametrize("recipe", [MEMIT, MEMIT_MERGE, ALPHAEDIT, ROME
 
 
 @RECIPES
-def test_recipes_are_the_plain_programs(make_model, tokenizer, recipe, tmp_path, monkeypatch):
+def test_recipes_are_the_plain_programs(make_model, tokenizer, recipe, own_cache, tmp_path, monkeypatch):
     editor = Editor(make_model(seed=3, initializer_range=0.2), tokenizer)
     layers = (2,) if recipe.name == "rome" else (1, 2, 4)
     weight = recipe.covariance_weight if recipe.name == "rome" else 0.5
@@ -90,7 +89,7 @@ def test_recipes_are_the_plain_programs(make_model, tokenizer, recipe, tmp_path,
 
 @pytest.mark.slow
 @RECIPES
-def test_recipes_are_the_plain_programs_on_the_embedded_model(smollm2, recipe, tmp_path, monkeypatch):
+def test_recipes_are_the_plain_programs_on_the_embedded_model(smollm2, recipe, own_cache, tmp_path, monkeypatch):
     """35 steps with the published settings, moments over this project's own text."""
     root = Path(__file__).parents[2]
     lines = [

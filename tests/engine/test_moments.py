@@ -17,9 +17,8 @@ LAYERS = (1, 2)
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ROSE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "moments"
+def cache(own_cache):
+    return own_cache / "moments"
 
 
 def test_moments_are_means_over_all_tokens(make_model, tokenizer):
