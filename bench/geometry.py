@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from rose_engine import ROSE, Editor, Recipe
-from rose_engine.certificate import KEPT, forms_of
+from rose_engine.certificate import KEPT, wordings
 from rose_engine.files import write_files
 from rose_engine.forms import Row, row_of
 from rose_engine.geometry import (
@@ -59,7 +59,7 @@ def rows_of(editor: Editor, subject: SubjectCases) -> list[Row]:
     for case in subject.cases:
         unseen = next((q for q in case.questions if subject.name in q), case.edit.question)
         edits.append(replace(case.edit, question=unseen))
-    return [row_of(edit, form, editor.tokenizer) for form in forms_of(editor.tokenizer) for edit in edits]
+    return [row_of(edit, form, editor.tokenizer) for form in wordings(editor.tokenizer) for edit in edits]
 
 
 def radius(editor: Editor, rows: Sequence[Row], delta: torch.Tensor, step: float, layer: int, probability: float) -> float:

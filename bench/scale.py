@@ -2,9 +2,8 @@
 
     python -m bench.scale --bandwidth 4.8e12 --rate 5e14
 
-Nothing is run. bandwidth (bytes/s) and rate (multiply-adds count two) are those of one GPU: a step reads the weights above L twice and
-multiplies every one of them with every suffix token in both directions, whichever takes longer. Exchanges between GPUs are not counted.
-Weights are bfloat16; an edit is one subject with four facts, of average texts.
+Nothing is run. bandwidth (bytes/s) and rate (multiply-adds count two) are those of one GPU: a product takes the time of its
+multiplications or of reading its weights, whichever is longer (`rose_engine.estimate.seconds`). Exchanges between GPUs are not counted. Weights are bfloat16; an edit is one subject with four facts, of average texts.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from rose_engine import ROSE
 from rose_engine.architecture import decoder_of
-from rose_engine.estimate import Shapes, memory, shapes_of, typical_work
+from rose_engine.estimate import Shapes, memory, seconds, shapes_of, typical_work
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.output import add_json, emit
@@ -42,21 +41,17 @@ def shapes(name: str) -> Shapes:
 
 def row(s: Shapes, facts: int, bandwidth: float, rate: float) -> dict[str, float]:
     """Figures of one model; bytes and seconds."""
-    work, above = typical_work(1, facts, ROSE.forms), s.layers - ROSE.last_layer - 1
-    weights = above * s.layer + s.vocabulary * s.d
-    tokens = sum(work.batches[0].parts)
+    work = typical_work(1, facts, ROSE.forms)
     model = s.parameters * s.element
     need = memory(s, work, ROSE)["total"]
     ranks = 1 << max(0, math.ceil(math.log2((model + need) / (0.9 * GPU_BYTES))))
-    step = max(2 * weights * s.element / bandwidth, 4 * weights * tokens / rate) / ranks
-    many = 4 * weights * tokens / rate / ranks
+    edit = sum(seconds(s, work, ROSE, lambda rows: max(s.element / bandwidth, 2 * rows / rate)).values()) / ranks
     return {
         "model_bytes": model,
         "memory_bytes": need,
         "ranks": ranks,
-        "step_s": step,
-        "edit_s": ROSE.steps * step,
-        "subjects_an_hour": 3600 / (ROSE.steps * many),
+        "edit_s": edit,
+        "subjects_an_hour": 3600 / edit,
         "delta_bytes": 4 * len(ROSE.layers) * work.columns * (s.d + 2 * s.d_in),
         "exchanged_bytes": 4 * len(ROSE.layers) * (work.columns**2 * 2 + 2 * work.columns * s.d_in) if ranks > 1 else 0,
         "covariance_bytes": 4 * len(ROSE.layers) * s.d_in**2,

@@ -142,14 +142,14 @@ class Observation:
         return read_state(decoder, self.rows, self.layers)
 
 
-def forms_of(tokenizer: Any) -> tuple[Form, Form, Form]:
+def wordings(tokenizer: Any) -> tuple[Form, Form, Form]:
     """The statement that is edited, and the wordings whose deviation counts: none of them is among the forms of an edit."""
     return STATEMENT, QUESTION, INSTRUCTED_CHAT if tokenizer.chat_template else INSTRUCTED_PLAIN
 
 
 def observation(tokenizer: Any, edits: Sequence[Edit], others: Sequence[str] | None, layers: Sequence[int], max_length: int) -> Observation:
     """What to read of these edits, and of `others` (None: `OTHERS`) in their prompts. EditError as `row_of`."""
-    facts = tuple(row_of(edit, form, tokenizer, max_length) for edit in edits for form in forms_of(tokenizer))
+    facts = tuple(row_of(edit, form, tokenizer, max_length) for edit in edits for form in wordings(tokenizer))
     edited = {edit.subject.strip().casefold() for edit in edits}
     names = [name for name in (OTHERS if others is None else others) if name.strip().casefold() not in edited]
     prompts = list({edit.prompt: edit for edit in edits}.values())[:PROMPTS]

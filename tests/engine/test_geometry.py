@@ -104,7 +104,7 @@ def test_deviation_and_bounds_are_those_of_float64(make_model, tokenizer, recipe
     base = in_float64(editor.model)
     result = editor.apply((*IMO, *LIN), verify=False)
     edited = in_float64(editor.model)
-    _, question, _ = certificates.forms_of(tokenizer)
+    _, question, _ = certificates.wordings(tokenizer)
     edits = (*IMO, *LIN)
     for layer in recipe.layers:
         name = editor.decoder.weight_name(layer)
@@ -166,7 +166,7 @@ def test_certificate_says_what_a_plain_reading_finds(make_model, tokenizer, tmp_
         return h[1] - h[0]
 
     imo = result.certificate.subjects[0]
-    statement, question, instructed = certificates.forms_of(tokenizer)
+    statement, question, instructed = certificates.wordings(tokenizer)
     for form, name in ((question, "question"), (instructed, "instructed")):
         D = [(moved(row_of(e, form, tokenizer), base) - moved(row_of(e, statement, tokenizer), base)).norm() for e in IMO]
         assert [fact.deviation[name] for fact in imo.facts] == pytest.approx([float(d) for d in D], rel=2e-3)
