@@ -3,7 +3,8 @@
     python -m bench.scale --bandwidth 4.8e12 --rate 5e14
 
 Nothing is run. bandwidth (bytes/s) and rate (multiply-adds count two) are those of one GPU: a product takes the time of its
-multiplications or of reading its weights, whichever is longer (`rose_engine.estimate.seconds`). Exchanges between GPUs are not counted. Weights are bfloat16; an edit is one subject with four facts, of average texts.
+multiplications or of reading its weights, whichever is longer (`rose_engine.estimate.seconds`). Exchanges between GPUs are not counted.
+Weights are bfloat16; an edit is one subject with four facts, of average texts.
 """
 
 from __future__ import annotations
