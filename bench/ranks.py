@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from rose_engine.files import replacing
+from rose_engine.files import Busy, locked, replacing
 
 RESULTS = "results.jsonl"
 
@@ -43,6 +43,19 @@ def joined(patience: timedelta = timedelta(days=7)) -> Iterator[None]:
     finally:
         if several:
             dist.destroy_process_group()
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold a folder of results against a second run, rank 0 for all. SystemExit names the other."""
+    with ExitStack() as held:
+        if place()[0] == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(locked(out / "lock"))
+            except Busy as e:
+                raise SystemExit(f"{out}: {e} is writing its results there; wait for it, or choose another --out") from e
+        yield
 
 
 def wait() -> None:

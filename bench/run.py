@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto, the faster of the first two on this machine")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    with ranks.joined():
+    with ranks.joined(), ranks.alone(args.out):
         return run(args)
 
 

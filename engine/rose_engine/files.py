@@ -1,10 +1,11 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and files that one process holds at a time."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 
@@ -35,6 +36,30 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> None:
     for name, content in contents.items():
         with replacing(Path(folder) / name) as temporary:
             temporary.write_bytes(content)
+
+
+class Busy(RuntimeError):
+    """Another process holds a lock; the message says which, and since when."""
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold a file as a lock, made if it is missing; the system frees it when the process ends, however it does.
+
+    Busy, at once, where another process holds it; OSError where it cannot be opened as a plain file.
+    """
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    with open(descriptor, "r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise Busy(lock.read().strip() or "another process") from e
+        lock.truncate()
+        lock.write(f"process {os.getpid()} since {datetime.now(UTC).isoformat(timespec='seconds')}")
+        lock.flush()
+        yield
 
 
 def _flush_directory(folder: Path) -> None:

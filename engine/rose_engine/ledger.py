@@ -20,7 +20,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from rose_engine.compress import combined
 from rose_engine.delta import Delta
-from rose_engine.files import replacing
+from rose_engine.files import Busy, locked, replacing
 
 FORMAT = 1
 HEAD, LOCK = "HEAD", "LOCK"
@@ -254,27 +254,14 @@ def writing(path: str | Path) -> Iterator[Writer]:
     """Hold the ledger for writing, making its directory if need be. LedgerError, at once, where another process holds it."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-    except OSError as e:
-        raise LedgerError(f"{path / LOCK}: cannot be opened as a plain file: {e.strerror}") from e
-    with open(descriptor, "r+") as lock:
-        _hold(lock, path)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(path / LOCK))
+        except Busy as e:
+            raise LedgerError(f"{path}: is being written by {e}; wait for it, or end it") from e
+        except OSError as e:
+            raise LedgerError(f"{path / LOCK}: cannot be opened as a plain file: {e.strerror}") from e
         yield Writer(path)
-
-
-def _hold(lock: Any, path: Path) -> None:
-    import fcntl
-
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        lock.seek(0)
-        raise LedgerError(f"{path}: is being written by {lock.read().strip() or 'another process'}; wait for it, or end it") from e
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f"process {os.getpid()} since {datetime.now(UTC).isoformat(timespec='seconds')}")
-    lock.flush()
 
 
 class Writer:

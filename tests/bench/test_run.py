@@ -109,6 +109,20 @@ def test_several_processes_make_one_table(folder):
     assert len(read_lines(folder / "ranks" / "results.jsonl")) == 6
 
 
+def test_a_folder_of_results_is_one_run_s_at_a_time(folder):
+    """Another process holds it: the run ends at once, names the other and writes nothing; and goes on when it has gone."""
+    (folder / "out").mkdir()
+    hold = "import sys; from rose_engine.files import locked\nwith locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(folder / "out" / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit, match=f"process {other.pid} since .* is writing its results there"):
+            bench.run.main(arguments(folder, "out", recipes="vanilla", subjects=1))
+        assert [path.name for path in (folder / "out").iterdir()] == ["lock"]
+        other.stdin.close()
+    assert "vanilla" in run(folder, "out", recipes="vanilla", subjects=1)
+
+
 def read_lines_of(path):
     return path.read_text().splitlines() if path.exists() else []
 
