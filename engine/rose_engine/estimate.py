@@ -6,9 +6,11 @@ Memory (bytes; b: of a weight's element):
                   last layer, only the tokens whose output is read
     temporaries   tokens of a step x (two MLP activations x b, four hidden states in float32), what a layer's backward holds at once
     logits        up to OUTPUT_ROWS x vocabulary in float32, and a row a subject for the regulariser's reference
-    weights       the edited weights twice, for `revert` and for `all_or_nothing` while the write runs, and the factors
-The first four are held while values are optimised, the last afterwards: the larger of the two is the peak. Written for the layers
-that `block` runs on the CPU; the library's keep about twice the activations. `bench.memory_model` compares it with what was used.
+    weights       the edited weights once more, for `all_or_nothing` while the write runs, and the factors
+    base          the edited weights as they were, for `revert`: in host memory, from the first edit on
+The first four are held while values are optimised, the next afterwards: the larger of the two is the peak, beside the base. Written for
+the layers that `block` runs on the CPU; the library's keep about twice the activations. `bench.memory_model` compares it with what was
+used.
 
 Time: a layer that T tokens pass takes its parameters x s(T), s being the seconds a parameter of a product of T rows, measured on the
 device; backward takes as much again. Attention, norms, Adam and verification are left out.
@@ -121,7 +123,7 @@ def typical_work(subjects: int, facts: int, forms: int) -> Work:
 
 
 def memory(shapes: Shapes, work: Work, recipe: Recipe) -> dict[str, float]:
-    """Bytes above the loaded model, by part, and `total`: the largest batch's, or the weights' where they are more."""
+    """Bytes above the loaded model, by part, and `total`: the largest batch's, or the weights' where they are more, and the base."""
     s, above = shapes, shapes.layers - recipe.last_layer - 1
     step: dict[str, float] = {}
     for batch in work.batches:
@@ -134,8 +136,9 @@ def memory(shapes: Shapes, work: Work, recipe: Recipe) -> dict[str, float]:
             "logits": 4 * s.vocabulary * (min(OUTPUT_ROWS, read) + batch.subjects),
         }
         step = max((step, now), key=lambda parts: sum(parts.values()))
-    weights = len(recipe.layers) * (2 * s.d * s.d_in * s.element + 4 * work.columns * (s.d + s.d_in))
-    return {**step, "weights": weights, "total": max(sum(step.values()), weights)}
+    base = len(recipe.layers) * s.d * s.d_in * s.element
+    weights = base + len(recipe.layers) * 4 * work.columns * (s.d + s.d_in)
+    return {**step, "weights": weights, "base": base, "total": base + max(sum(step.values()), weights)}
 
 
 def seconds(shapes: Shapes, work: Work, recipe: Recipe, rate: Callable[[int], float]) -> dict[str, float]:
