@@ -93,6 +93,8 @@ def _with_settings(recipe: Recipe, settings: str, name: str) -> Recipe:
 def layers_of(text: str) -> tuple[int, ...]:
     """Layer numbers, written `4-8` or `4+6+8`. ValueError where they are not."""
     first, found, last = text.partition("-")
+    if found and int(first) > int(last):
+        raise ValueError(f"{text} counts down")
     return tuple(range(int(first), int(last) + 1)) if found else tuple(int(layer) for layer in text.split("+"))
 
 

@@ -50,11 +50,13 @@ def alone(out: Path) -> Iterator[None]:
     """Hold a folder of results against a second run, rank 0 for all. SystemExit names the other."""
     with ExitStack() as held:
         if place()[0] == 0:
-            out.mkdir(parents=True, exist_ok=True)
             try:
+                out.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(out / "lock"))
             except Busy as e:
                 raise SystemExit(f"{out}: {e} is writing its results there; wait for it, or choose another --out") from e
+            except OSError as e:
+                raise SystemExit(f"{out}: cannot be written to: {e}") from e
         yield
 
 

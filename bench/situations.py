@@ -3,7 +3,8 @@
     python -m bench.situations --model smollm2 --data same_subject_dev.json --subjects 20 --json - [--recipes vanilla,rose]
 
 Each subject is edited alone, asked, and taken back. Teacher-forced success of each fact's unseen questions, percent, mean over subjects
-with its standard error, in each of these situations:
+with its standard error, in each of these situations. They are not asked the same: `last` shows the edit's own sentence, `part` leaves out
+questions that do not name the subject; so each is to be compared with other recipes, not with `asked`:
 
     asked          the question alone
     conversation   after two turns about other things
@@ -120,11 +121,11 @@ def evaluate(
     return results
 
 
-def summary(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Means over subjects and their standard errors, percent."""
-    error = lambda values: stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")  # noqa: E731
+def summary(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, tuple[float, float | None]]]:
+    """Means over subjects and their standard errors (None of one subject), percent."""
+    error = lambda values: 100 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None  # noqa: E731
     return {
-        name: {situation: (100 * fmean(values), 100 * error(values)) for situation, values in found.items() if values}
+        name: {situation: (100 * fmean(values), error(values)) for situation, values in found.items() if values}
         for name, found in results.items()
     }
 
@@ -134,11 +135,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(dtype="auto")
     parser.add_argument("--recipes", default="vanilla,rose", help="methods by name (`bench.methods`), separated by commas")
     args = parser.parse_args(argv)
+    if args.count < 2:
+        parser.error("--subjects must be 2 or more: each is spoken of beside another")
     editor, data = opened(args)
     found = summary(evaluate(editor, data.subjects, methods_of(args.recipes, editor), note))
     lines = [f"{'':12s}" + "".join(f"{situation:>16s}" for situation in SITUATIONS)]
     for name, means in found.items():
-        cells = ("{:.1f} ± {:.1f}".format(*means[s]) if s in means else "" for s in SITUATIONS)
+        cells = (f"{means[s][0]:.1f}" + ("" if means[s][1] is None else f" ± {means[s][1]:.1f}") if s in means else "" for s in SITUATIONS)
         lines.append(f"{name:12s}" + "".join(f"{cell:>16s}" for cell in cells))
     emit(found, args.json, "\n".join(lines))
     return 0

@@ -26,7 +26,7 @@ KEPT = 0.25
 # Keys of two subjects with a larger cosine pull at each other (the paper's iPhone 11 and iPhone 16 have 0.5).
 NEAR = 0.3
 # Subjects that no edit should move, where the caller names none.
-OTHERS = ("Ludwig van Beethoven", "Canada", "Toyota", "Barcelona", "the University of Tokyo", "Marie Curie")
+OTHERS = ("Johannes Brahms", "Canada", "Volvo", "Barcelona", "the University of Tokyo", "Marie Curie")
 # So many prompts of the edits are read with each of these names in the subject's place.
 PROMPTS = 4
 

@@ -10,10 +10,10 @@ Memory (bytes; b: of a weight's element):
     base          the edited weights as they were, for `revert`: in host memory, from the first edit on
 The first four are held while values are optimised, the next afterwards: the larger of the two is the peak, beside the base. Written for
 the layers that `block` runs on the CPU; the library's keep about twice the activations. `bench.memory_model` compares it with what was
-used.
+used. Bystanders, whose keys a recipe may hold in float32 while it writes, are left out.
 
 Time: a layer that T tokens pass takes its parameters x s(T), s being the seconds a parameter of a product of T rows, measured on the
-device; backward takes as much again. Attention, norms, Adam and verification are left out.
+device; backward takes as much again. Attention, norms, Adam, bystanders and verification are left out.
 """
 
 from __future__ import annotations

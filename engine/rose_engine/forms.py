@@ -302,7 +302,8 @@ def regulariser_row(subject: str, tokenizer: Any) -> Row:
 
 
 def bystander_rows(edits: Sequence[Edit], tokenizer: Any, count: int, spoken: Sequence[Edit] = ()) -> list[Row]:
-    """Prompts of the edits about other subjects, as statements and in the chat template in turn: about `count`, each name once a prompt.
+    """Prompts of the edits about other subjects, as statements and in the chat template in turn: about `count`, each name once a
+    prompt, so no more than there are names for each.
 
     What they are read for are the keys of all their tokens, which the write is to leave alone; they have no target. Names
     that these edits or those of `spoken` speak of, as subject or target, are passed over.

@@ -260,7 +260,7 @@ def writing(path: str | Path) -> Iterator[Writer]:
         except Busy as e:
             raise LedgerError(f"{path}: is being written by {e}; wait for it, or end it") from e
         except OSError as e:
-            raise LedgerError(f"{path / LOCK}: cannot be opened as a plain file: {e.strerror}") from e
+            raise LedgerError(f"{path / LOCK}: cannot be locked as a plain file: {e.strerror}") from e
         yield Writer(path)
 
 

@@ -121,6 +121,8 @@ def test_a_folder_of_results_is_one_run_s_at_a_time(folder):
         assert [path.name for path in (folder / "out").iterdir()] == ["lock"]
         other.stdin.close()
     assert "vanilla" in run(folder, "out", recipes="vanilla", subjects=1)
+    with pytest.raises(SystemExit, match="cannot be written to"):
+        bench.run.main(arguments(folder, "data.json", recipes="vanilla"))
 
 
 def read_lines_of(path):

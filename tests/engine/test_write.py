@@ -7,6 +7,7 @@ import pytest
 import torch
 from rose_engine import Edit
 from rose_engine.architecture import decoder_of
+from rose_engine.certificate import OTHERS
 from rose_engine.edits import group_by_subject
 from rose_engine.forms import BYSTANDERS, bystander_rows
 from rose_engine.optimize import subject_rows
@@ -115,6 +116,11 @@ def test_protected_texts_move_less(make_model, tokenizer):
         [(U, V)] = write_layers(decoder, *arguments, others if protected else ()).factors.values()
         felt[protected] = float((U.double() @ (V.double() @ Kp)).norm())
     assert felt[True] < 0.5 * felt[False]
+
+
+def test_a_certificate_s_controls_are_no_bystanders():
+    """What is protected cannot show how far subjects move that are not."""
+    assert not [(a, b) for a in OTHERS for b in BYSTANDERS if a in b or b in a]
 
 
 def test_bystanders_are_neither_edited_nor_written(tokenizer):
