@@ -304,7 +304,7 @@ def test_a_lock_that_links_out_is_not_followed(editor, tmp_path):
     (tmp_path / "outside").write_text("of somebody else")
     (path / "LOCK").unlink()
     (path / "LOCK").symlink_to(tmp_path / "outside")
-    with pytest.raises(LedgerError, match="LOCK: cannot be opened as a plain file"), writing(path):
+    with pytest.raises(LedgerError, match="LOCK: cannot be locked as a plain file"), writing(path):
         pass
     assert (tmp_path / "outside").read_text() == "of somebody else"
 
