@@ -175,9 +175,8 @@ def geometry(
         for n in forms:
             found = measure(editor, subject, replace(recipes["rose"], forms=n), None)
             line["forms"][n] = {name: found.numbers[name] for name in ("R", "R_kept", "D_question", "D_instructed", "seconds")}
-        rows = rows_of(editor, subject)
-        for layer in keys:
-            keys[layer].append(read_state(editor.decoder, rows, [layer]).keys[layer])
+        for layer, some in read_state(editor.decoder, rows_of(editor, subject), sorted(keys)).keys.items():
+            keys[layer].append(some)
         lines.append(line)
         told = "; ".join(f"{name} R {x['R_kept']:.0f} D {x['D_instructed']:.0f}" for name, x in line["recipes"].items())
         note(f"{i + 1}/{len(subjects)} {subject.name}: {told}")

@@ -44,8 +44,7 @@ def row(s: Shapes, facts: int, bandwidth: float, rate: float) -> dict[str, float
     """Figures of one model; bytes and seconds."""
     work = typical_work(1, facts, ROSE.forms)
     model = s.parameters * s.element
-    parts = memory(s, work, ROSE)
-    need = parts["total"] - parts["base"]  # the base is kept by the host
+    need = memory(s, work, ROSE, "cuda")["total"]
     ranks = 1 << max(0, math.ceil(math.log2((model + need) / (0.9 * GPU_BYTES))))
     edit = sum(seconds(s, work, ROSE, lambda rows: max(s.element / bandwidth, 2 * rows / rate)).values()) / ranks
     return {

@@ -17,7 +17,7 @@ questions that do not name the subject; so each is to be compared with other rec
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
 from rose_engine import Editor
 
@@ -26,6 +26,7 @@ from bench.methods import Method, edited, methods_of
 from bench.metrics import Probe, teacher_forced
 from bench.output import emit
 from bench.subjects import note, opened, parser_of
+from bench.tables import error_of_mean
 
 Message = dict[str, str]
 
@@ -123,10 +124,9 @@ def evaluate(
 
 def summary(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, tuple[float, float | None]]]:
     """Means over subjects and their standard errors (None of one subject), percent."""
-    error = lambda values: 100 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None  # noqa: E731
+    of = lambda values: (fmean(values), error_of_mean(values))  # noqa: E731
     return {
-        name: {situation: (100 * fmean(values), error(values)) for situation, values in found.items() if values}
-        for name, found in results.items()
+        name: {situation: of([100 * x for x in values]) for situation, values in found.items() if values} for name, found in results.items()
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,6 +20,11 @@ TITLES = {
 }
 # Metrics that are not shares.
 GENERAL = ("perplexity", "kl_neutral", "fluency")
+
+
+def error_of_mean(values: Sequence[float]) -> float | None:
+    """The standard error of a mean; None of fewer than two values."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,8 @@ class Results:
         for line in self.lines:
             if line["recipe"] == recipe and "subject" in line and line["values"].get(metric):
                 of.setdefault(line["subject"], []).append(fmean(line["values"][metric]))
-        means = [fmean(values) for values in of.values()]
-        if len(means) < 2:
-            return None
-        return (1.0 if metric in GENERAL else 100.0) * stdev(means) / len(means) ** 0.5
+        error = error_of_mean([fmean(values) for values in of.values()])
+        return None if error is None else (1.0 if metric in GENERAL else 100.0) * error
 
     def cost(self, recipe: str, what: str) -> float | None:
         """Mean `seconds` or `peak_mb` of an edit; None where it was not measured."""

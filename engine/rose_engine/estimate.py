@@ -122,8 +122,9 @@ def typical_work(subjects: int, facts: int, forms: int) -> Work:
     return Work(tuple(batches), round(facts_rows * WRITE_NODES), round(facts_rows * COLUMNS))
 
 
-def memory(shapes: Shapes, work: Work, recipe: Recipe) -> dict[str, float]:
-    """Bytes above the loaded model, by part, and `total`: the largest batch's, or the weights' where they are more, and the base."""
+def memory(shapes: Shapes, work: Work, recipe: Recipe, device: str | torch.device = "cpu") -> dict[str, float]:
+    """Bytes above the loaded model, by part, and `total`, the device's: the largest batch's, or the weights' where they are more; with the
+    base where the device is the host."""
     s, above = shapes, shapes.layers - recipe.last_layer - 1
     step: dict[str, float] = {}
     for batch in work.batches:
@@ -138,7 +139,12 @@ def memory(shapes: Shapes, work: Work, recipe: Recipe) -> dict[str, float]:
         step = max((step, now), key=lambda parts: sum(parts.values()))
     base = len(recipe.layers) * s.d * s.d_in * s.element
     weights = base + len(recipe.layers) * 4 * work.columns * (s.d + s.d_in)
-    return {**step, "weights": weights, "base": base, "total": base + max(sum(step.values()), weights)}
+    return {
+        **step,
+        "weights": weights,
+        "base": base,
+        "total": max(sum(step.values()), weights) + base * (torch.device(device).type == "cpu"),
+    }
 
 
 def seconds(shapes: Shapes, work: Work, recipe: Recipe, rate: Callable[[int], float]) -> dict[str, float]:

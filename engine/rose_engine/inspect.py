@@ -55,7 +55,7 @@ def inspect(
         "facts": facts,
         "suffix_tokens": sum(part for batch in work.batches for part in batch.parts),
         "weights": {decoder.weight_name(layer): list(decoder.weight(layer).shape) for layer in recipe.layers},
-        "memory_bytes": {part: round(size) for part, size in memory(shapes, work, recipe).items()},
+        "memory_bytes": {part: round(size) for part, size in memory(shapes, work, recipe, device).items()},
         "delta_bytes": 4 * len(recipe.layers) * work.columns * (shapes.d + 2 * shapes.d_in),
         "device": str(device),
         "seconds": seconds(shapes, work, recipe, measured_rate(shapes, dtype, device)),

@@ -92,6 +92,8 @@ def test_average_texts_are_near_real_ones(tokenizer, make_model):
     real, average, shapes = work_of(plans), typical_work(3, 2, 8), shapes_of(decoder)
     recipe = type(ROSE)(layers=(1, 2))
     assert memory(shapes, average, recipe)["total"] == pytest.approx(memory(shapes, real, recipe)["total"], rel=0.5)
+    on_gpu = memory(shapes, real, recipe, "cuda")  # `revert` keeps its copies with the host
+    assert on_gpu["total"] == memory(shapes, real, recipe)["total"] - on_gpu["base"] > 0
     once = lambda work: sum(seconds(shapes, work, recipe, lambda tokens: tokens).values())  # noqa: E731
     assert once(average) == pytest.approx(once(real), rel=0.5)
 
