@@ -1,7 +1,7 @@
 """The paper's geometry on a model: tolerance radius against deviation for each recipe, gradient conflict, key similarity.
 
     python -m bench.geometry --model smollm2 --data same_subject_dev.json --subjects 20 --json - [--plot FOLDER] [--forms 2,4,6,8]
-        [--layers 4-12]
+        [--layers 4-12] [--sweep 8]
 
 Each subject is edited alone with each recipe and taken back. R is eq. 4 around the optimised value on the unedited weights (every target
 at 0.9 or more), R_written the same around what the weights hold after the edit; R_kept and R_kept_written keep a target at the
@@ -10,7 +10,7 @@ edited layer is moved otherwise than in the statement, in questions that no edit
 D_layer_*: eq. 5 of the last layer alone, with eq16_* and bound_*, what eq. 16 and eq. 17 or 18 make of it. conflict: eq. 6 between
 relations, with the first recipe. key_similarity: cosines of keys in the last edited layer of the unedited model. spectrum: of the
 second moment there, where a recipe has one. --forms: the same for so many forms (Fig. 19). --layers: R_kept_written and D after each of
-these layers, and cosines of the keys in them (Fig. 12).
+these layers, and cosines of the keys in them (Fig. 12). --sweep: both on so many subjects alone, the first ones.
 """
 
 from __future__ import annotations
@@ -154,25 +154,31 @@ def spectrum_of(editor: Editor, recipe: Recipe) -> dict[str, Any]:
 
 
 def geometry(
-    editor: Editor, subjects: Sequence[SubjectCases], recipes: dict[str, Recipe], forms: Sequence[int] = (), layers: Sequence[int] = ()
+    editor: Editor,
+    subjects: Sequence[SubjectCases],
+    recipes: dict[str, Recipe],
+    forms: Sequence[int] = (),
+    layers: Sequence[int] = (),
+    sweep: int | None = None,
 ) -> dict[str, Any]:
-    """Means over subjects of all that is measured; `subjects` holds them one by one."""
+    """Means over subjects of all that is measured; `subjects` holds them one by one. Forms and layers: over the first `sweep` subjects."""
     spectra = {name: spectrum_of(editor, recipe) for name, recipe in recipes.items() if recipe.preconditioner == "covariance"}
     lines: list[dict[str, Any]] = []
     last = next(iter(recipes.values())).last_layer
     keys: dict[int, list[torch.Tensor]] = {layer: [] for layer in (last, *layers)}
     for i, subject in enumerate(subjects):
+        swept = sweep is None or i < sweep
         line: dict[str, Any] = {"facts": len(subject.cases), "recipes": {}, "layers": {}, "forms": {}}
         values: dict[Recipe, Values] = {}
         for name, recipe in recipes.items():
             editor.prepare(recipe)
             alike = replace(recipe, **{field: getattr(ROSE, field) for field in WRITE})
-            found = measure(editor, subject, recipe, spectra.get(name), values.get(alike), layers)
+            found = measure(editor, subject, recipe, spectra.get(name), values.get(alike), layers if swept else ())
             line["recipes"][name], line["layers"][name], values[alike] = found.numbers, found.layers, found.values
         centroids = next(iter(values.values())).centroids
         if len(centroids) > 1:
             line["conflict"] = conflict(centroids).tolist()
-        for n in forms:
+        for n in forms if swept else ():
             found = measure(editor, subject, replace(recipes["rose"], forms=n), None)
             line["forms"][n] = {name: found.numbers[name] for name in ("R", "R_kept", "D_question", "D_instructed", "seconds")}
         for layer, some in read_state(editor.decoder, rows_of(editor, subject), sorted(keys)).keys.items():
@@ -182,6 +188,7 @@ def geometry(
         note(f"{i + 1}/{len(subjects)} {subject.name}: {told}")
     for spectrum in spectra.values():
         del spectrum["factor"]
+    some = lines[:sweep]
     conflicts = [float(off_diagonal(torch.tensor(line["conflict"])).mean()) for line in lines if "conflict" in line]
     return {
         "recipes": {name: _means([line["recipes"][name] for line in lines]) for name in recipes},
@@ -189,9 +196,9 @@ def geometry(
         "key_similarity": _similarity(keys[last]),
         "cosines": similarity(torch.stack([k.mean(0) for k in keys[last]])).tolist(),
         "spectrum": spectra,
-        "forms": {n: _means([line["forms"][n] for line in lines]) for n in forms},
+        "forms": {n: _means([line["forms"][n] for line in some]) for n in forms},
         "layers": {
-            n: {name: _means([line["layers"][name][n] for line in lines]) for name in recipes} | {"keys": _similarity(keys[n])}
+            n: {name: _means([line["layers"][name][n] for line in some]) for name in recipes} | {"keys": _similarity(keys[n])}
             for n in layers
         },
         "subjects": lines,
@@ -244,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipes", default=",".join(RECIPES), help="recipes by name (`bench.methods`), separated by commas")
     parser.add_argument("--forms", default="", help="numbers of forms to sweep with rose, separated by commas")
     parser.add_argument("--layers", default="", help="layers to measure after, as 4-12 or 4+8+12")
+    parser.add_argument("--sweep", type=int, default=None, metavar="N", help="sweep forms and layers on the first N subjects alone (all)")
     parser.add_argument("--plot", type=Path, default=None, metavar="FOLDER", help="write the figures as PNG into this folder")
     args = parser.parse_args(argv)
     editor, data = opened(args)
@@ -264,7 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(
             f"--layers: there is no layer {beyond[0]} with another above it; the model has 0 to {len(editor.decoder.layers) - 1}"
         )
-    found = geometry(editor, data.subjects, recipes, forms, layers)
+    if args.sweep is not None and args.sweep < 1:
+        raise SystemExit(f"--sweep {args.sweep}: give at least one subject to sweep on")
+    found = geometry(editor, data.subjects, recipes, forms, layers, args.sweep)
     if args.plot:
         draw(found, args.plot)
     columns = ("R", "R_written", "R_kept", "R_kept_written", "D_question", "D_instructed", "seconds")

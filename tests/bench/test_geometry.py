@@ -62,6 +62,11 @@ def test_geometry_is_that_of_each_edit(editor, tmp_path):
     alone = float(off_diagonal(conflict(gradients[0])).mean())
     one = geometry.geometry(editor, SUBJECTS[:1], {"rose": rose})
     assert one["conflict"] == pytest.approx(alone, abs=1e-5)
+    first_alone = geometry.geometry(editor, SUBJECTS, {"rose": rose}, forms=(2,), layers=(1,), sweep=1)
+    assert [len(line["forms"]) for line in first_alone["subjects"]] == [1] + [0] * (len(SUBJECTS) - 1)
+    assert first_alone["layers"][1]["rose"] == found["subjects"][0]["layers"]["rose"][1]
+    assert first_alone["forms"][2]["R"] == found["subjects"][0]["forms"][2]["R"]
+    assert first_alone["recipes"]["rose"]["D_question"] == pytest.approx(found["recipes"]["rose"]["D_question"])
     assert -1 <= found["key_similarity"]["between"] < found["key_similarity"]["within"] <= 1
 
     moment = moments(editor.decoder, editor.tokenizer, (1, 2), str(corpus), 900, 0)[editor.decoder.weight_name(2)]
