@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+
+from rose_engine.terminal import duration, errors, print_certificate, print_inspection, print_report, progress_on_terminal
 
 app = typer.Typer(
     help="Edit facts inside causal language models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hugging Face id, local folder, or smollm2 (embedded).")]
 DtypeOption = Annotated[
@@ -36,23 +34,6 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 OthersOption = Annotated[
     Path | None, typer.Option(help="File of subjects, one a line, that must not change. Default: a few everyday ones.")
 ]
-
-
-@contextmanager
-def progress_on_terminal(what: str) -> Iterator[Any]:
-    """A progress callback for `Editor.apply`: a live line on a terminal, a line every tenth step elsewhere."""
-    if not errors.is_terminal:
-
-        def lines(done: int, subjects: int, step: int, loss: float) -> None:
-            if step % 10 == 0:
-                print(f"{what}: subjects done {done}/{subjects}, step {step}, loss {loss:.3f}", file=sys.stderr, flush=True)
-
-        yield lines
-        return
-    columns = [TextColumn("{task.description}"), TextColumn("{task.fields[state]}"), TimeElapsedColumn()]
-    with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task(what, state="", total=None)
-        yield lambda done, subjects, step, loss: bar.update(task, state=f"subjects {done}/{subjects}, step {step}, loss {loss:.3f}")
 
 
 def load_editor(model: str, dtype: str | None, device: str):
@@ -120,43 +101,12 @@ def edit(
     errors.print(f"{sum(result.seconds.values()):.1f} s; wrote {out / 'delta.safetensors'}", markup=False)
 
 
-def print_report(report) -> None:
-    """The verification as a table on standard output."""
-    table = Table("fact", "target", "prompt", "asked", "says when asked", title="share of target tokens, before → after")
-    for fact in report.facts:
-        prompt = f"{fact.prompt_before.success:.0%} → {fact.prompt_after.success:.0%}"
-        asked = f"{fact.instructed_before.success:.0%} → {fact.instructed_after.success:.0%}"
-        statement = fact.prompt.replace("{}", fact.subject)
-        table.add_row(*map(_plain, (statement, fact.target, prompt, asked, fact.instructed_after.says.strip())))
-    console = Console(highlight=False)
-    console.print(table)
-    stayed = sum(u.stayed for u in report.unrelated)
-    console.print(f"unrelated prompts that kept their answer: {stayed} of {len(report.unrelated)}")
-
-
-def print_certificate(certificate) -> None:
-    """The certificate as tables on standard output."""
-    from rose_engine.certificate import tables
-
-    for title, (heads, rows) in zip(("tolerance and deviation", "interference"), tables(certificate), strict=False):
-        table = Table(*heads, title=title)
-        for row in rows:
-            table.add_row(*map(_plain, row))
-        Console(highlight=False).print(table)
-
-
 def _names(path: Path | None) -> list[str] | None:
     """The lines of a file of names; None where there is no file."""
     if path is None:
         return None
     with _readable(str(path)):
         return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-
-
-def _plain(text: str):
-    from rich.text import Text
-
-    return Text(text)
 
 
 LedgerArgument = Annotated[Path, typer.Argument(help="Directory of the ledger.")]
@@ -204,16 +154,11 @@ def stream(
             rate = done / (time.perf_counter() - began)
             failed = f", failed: {len(step.failed)}" if step.failed else ""
             failed += f", rejected so far: {step.rejected}" if step.rejected else ""
-            left = f", {_duration((total - step.lines) / rate)} left" if total else ""
+            left = f", {duration((total - step.lines) / rate)} left" if total else ""
             read = f"{step.lines} of {total}" if total else f"{step.lines}"
             print(
                 f"commit {step.commit.number}: {step.commit.edits} edits, {read} lines read, {rate:.2f} edits/s{left}{failed}", flush=True
             )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def _existing(ledger: Path) -> Path:
@@ -382,23 +327,7 @@ def inspect(
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
-    gb = lambda size: f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"  # noqa: E731
-    parts = dict(found["memory_bytes"])
-    total = parts.pop("total")
-    stages = found["seconds"]
-    rows = {
-        "model": f"{found['family']}, {found['layers']} layers, {found['parameters'] / 1e9:.3g} B parameters",
-        "weights": f"{found['dtype']}, projections of {found['bits']} bits: {gb(found['model_bytes'])}",
-        "recipe": f"{found['recipe']['name']}: {found['recipe']['forms']} forms, {found['recipe']['steps']} steps",
-        **{name: "x".join(map(str, shape)) for name, shape in found["weights"].items()},
-        "an edit of": f"{subjects} subject(s) with {facts} fact(s): about {found['suffix_tokens']} tokens a step",
-        "memory": f"{gb(total)} above the model ({', '.join(f'{name} {gb(size)}' for name, size in parts.items())})",
-        "delta": gb(found["delta_bytes"]),
-        "time": f"about {_duration(sum(stages.values()))} on {device} ({', '.join(f'{s} {_duration(t)}' for s, t in stages.items())})",
-    }
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:{width}s}  {value}")
+    print_inspection(found, device)
 
 
 @app.command()

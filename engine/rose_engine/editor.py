@@ -22,9 +22,10 @@ from rose_engine import embedded
 from rose_engine import stream as streaming
 from rose_engine.adapter import Adapter
 from rose_engine.architecture import check_placed, decoder_of
-from rose_engine.branch import Branch, check_gradient, pass_gradients, quantised_record
+from rose_engine.base import Base
+from rose_engine.branch import Branch, check_gradient, pass_gradients
 from rose_engine.certificate import Certificate, Observation, certificate_of, observation, subject_keys
-from rose_engine.delta import FORMAT, Delta, DeltaError, check_record, fingerprint, rebased, state_id
+from rose_engine.delta import FORMAT, Delta, DeltaError, rebased, state_id
 from rose_engine.dtype import dtype_of
 from rose_engine.edits import Edit, EditError, Subject, check_consistent, group_by_fact, group_by_subject
 from rose_engine.forms import Row, bystander_rows, chat_parts
@@ -37,7 +38,6 @@ from rose_engine.readings import Readings
 from rose_engine.recipe import ROSE, Recipe, preset
 from rose_engine.verify import UNRELATED, Report, compare, snapshot
 from rose_engine.write import all_or_nothing, write_layers
-from rose_kernels import add_low_rank_
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +103,7 @@ class Editor:
             pass_gradients(model)
             check_gradient(self.decoder.projection(len(self.decoder.layers) - 1), self.decoder.head.dtype)
         self._group, sharding = group, self.decoder.sharding
-        self._base: dict[str, Tensor] = {}
-        self._base_record: dict[str, dict[str, Any]] = {}
+        self._base = Base(self.decoder)
         self._applied: list[Delta] = []
         self._memory = Memory() if sharding is None else Memory(lambda keys: sharding.part(keys, 0))
         self._readings = Readings(self.decoder, tokenizer, self._unedited)
@@ -201,7 +200,7 @@ class Editor:
             clock("verify")
             metadata = {
                 "format": FORMAT,
-                "base": [self._base_record[name] for name in written.factors],
+                "base": [self._base.records[name] for name in written.factors],
                 "parent": state_id(self._applied),
                 "below": len(self._applied),
                 "edits": [edit.as_dict() for edit in edits],
@@ -226,12 +225,12 @@ class Editor:
     def load(self, delta: Delta) -> None:
         """Write a delta, as made by `apply`, into the model: the same bits. DeltaError where it belongs to another base, or was made
         on top of other edits than those that are in the weights."""
-        layers = self._check_base(delta)
+        layers = self._base.check(delta)
         if delta.metadata["parent"] != state_id(self._applied):
             below = delta.metadata["below"]
             raise DeltaError(f"the delta was made on top of {below} other edits; load those first, in their order, or `restore` them all")
         with all_or_nothing(self.weights(layers).values()):
-            self._add(delta)
+            self._base.add(delta)
         self._applied.append(delta)
 
     def revert(self, edit: Result | Delta) -> None:
@@ -253,7 +252,7 @@ class Editor:
         if not deltas:
             raise DeltaError("there are no edits to diagnose")
         self._need_whole("a certificate")
-        layers = sorted({layer for delta in deltas for layer in self._check_base(delta)})
+        layers = sorted({layer for delta in deltas for layer in self._base.check(delta)})
         edits, first_step = latest(facts_in(deltas)), replace(ROSE, layers=tuple(layers), steps=1)
         seen, subjects = observation(self.tokenizer, edits, others, layers, self.decoder.max_length), group_by_subject(edits)
         with self._unedited():
@@ -295,7 +294,7 @@ class Editor:
         """
         self._need_whole("an adapter")
         for delta in deltas:
-            self._check_base(delta)
+            self._base.check(delta)
         return Adapter({name: self.decoder.projection(layer) for name, layer in self.decoder.layer_of().items()}, deltas)
 
     def stream(self, path: str | Path, lines: Iterable[str | Edit], name: str = "<stream>", **options: Any) -> Iterator[streaming.Step]:
@@ -313,7 +312,7 @@ class Editor:
         DeltaError where one belongs to another base; the weights are then as before.
         """
         for delta in deltas:
-            self._check_base(delta)
+            self._base.check(delta)
         self._rewrite(list(deltas))
 
     def adopt(self, deltas: Sequence[Delta]) -> list[Delta]:
@@ -322,16 +321,11 @@ class Editor:
         They are all those that stood in the weights there, in their order. DeltaError where this model has not their weights.
         """
         layer_of = self.decoder.layer_of()
-        self._keep_base([layer_of[name] for name in sorted({name for delta in deltas for name in delta.factors} & set(layer_of))])
-        return rebased(deltas, self._base_record)
+        self._base.keep([layer_of[name] for name in sorted({name for delta in deltas for name in delta.factors} & set(layer_of))])
+        return rebased(deltas, self._base.records)
 
     def _rewrite(self, deltas: list[Delta]) -> None:
-        weights = self.weights()
-        with all_or_nothing(weights[name] for name in self._base):
-            for name, base in self._base.items():
-                weights[name].copy_(base)
-            for delta in deltas:
-                self._add(delta)
+        self._base.rewrite(deltas)
         self._applied = deltas
 
     def verify(self, edits: Sequence[Edit]) -> list[dict[str, Any]]:
@@ -361,23 +355,7 @@ class Editor:
     def weights(self, layers: Iterable[int] | None = None) -> dict[str, Tensor | Branch]:
         """The weights [d_out, d_in] that may be edited, by state-dict name, live: of the given layers, or of all. Of a quantised model the
         branches beside them."""
-        layers = range(len(self.decoder.layers)) if layers is None else layers
-        return {self.decoder.weight_name(layer): self.decoder.weight(layer) for layer in layers}
-
-    def _keep_base(self, layers: Sequence[int]) -> None:
-        """Keep the unedited tensors of layers that are about to be edited for the first time."""
-        new = {name: weight.cpu().clone() for name, weight in self.weights(layers).items() if name not in self._base}
-        self._base.update(new)
-        for layer, (name, weight) in zip(layers, self.weights(layers).items(), strict=True):
-            if name in new:
-                self._base_record[name] = self._record(layer, name, weight)
-
-    def _record(self, layer: int, name: str, weight: Tensor | Branch) -> dict[str, Any]:
-        """What identifies an unedited weight in a delta."""
-        if self.decoder.quantiser:
-            return quantised_record(name, self.decoder.projection(layer), self.decoder.quantiser)
-        sharding = self.decoder.sharding
-        return fingerprint({name: weight if sharding is None else sharding.whole_weight(weight)})[0]
+        return self._base.weights(layers)
 
     def _need_whole(self, what: str) -> None:
         if self.decoder.sharding is not None:
@@ -402,7 +380,7 @@ class Editor:
         recipe = recipe or self.recipe
         if recipe.preconditioner != "identity":
             self._need_whole("a second moment of the keys")
-        self._keep_base(recipe.layers)
+        self._base.keep(recipe.layers)
         return self._readings.complete(recipe)
 
     @contextmanager
@@ -423,27 +401,6 @@ class Editor:
         if recipe.sequential == "plain":
             return start
         return self._memory.joined(name, start, self._applied, without if recipe.sequential == "joint" else None)
-
-    def _add(self, delta: Delta) -> None:
-        weights, sharding = self.weights(), self.decoder.sharding
-        if self.decoder.quantiser:
-            for name, factors in delta.factors.items():
-                weights[name].add(*factors)
-            return
-        W = [weights[name] for name in delta.factors]
-        U, V = ([factors[i].to(w.device) for w, factors in zip(W, delta.factors.values(), strict=True)] for i in (0, 1))
-        add_low_rank_(W, U, V if sharding is None else [sharding.part(v, 1).contiguous() for v in V])
-
-    def _check_base(self, delta: Delta) -> list[int]:
-        layer_of = self.decoder.layer_of()
-        for record in delta.metadata["base"]:
-            if record["name"] not in layer_of:
-                raise DeltaError(f"the delta edits `{record['name']}`, which this model does not have")
-        layers = [layer_of[record["name"]] for record in delta.metadata["base"]]
-        self._keep_base(layers)
-        for record in delta.metadata["base"]:
-            check_record(self._base_record[record["name"]], record)
-        return layers
 
 
 def _gradients(subjects: Sequence[Subject], values: Values) -> dict[str, Tensor]:

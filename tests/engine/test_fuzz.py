@@ -103,7 +103,7 @@ def test_forged_metadata(editor, tmp_path):
         save_file(tensors, tmp_path / "d", metadata={"rose": text, "sha256": _checksum(text, tensors)})
         try:
             delta = Delta.load(tmp_path / "d")
-            editor._check_base(delta)
+            editor._base.check(delta)
             combined([delta])
             edited_facts([delta])
             read.append(True)

@@ -136,7 +136,7 @@ def test_compaction_keeps_the_change_and_what_is_known_of_it(editor, tmp_path):
     assert delta.nbytes < sum(d.nbytes for d in ledger.deltas(path))
     assert sorted(delta.subjects) == sorted(["Ada 0", *(f"{NAMES[i]} {i}" for i in (2, 3, 4))])
     assert len(delta.columns) == delta.keys["model.layers.1.mlp.down_proj.weight"].shape[1]
-    base = editor._base
+    base = editor._base.tensors
     editor.restore([delta])
     for name, weight in editor.weights((1, 2, 3)).items():
         change = exact[name].double() - base[name].double()
