@@ -30,7 +30,7 @@ def study(editor: Editor, name: str, methods: dict[str, Method]) -> list[dict[st
     case = STUDIES[name]
     edits = [edit_from_dict(edit, f"{name}: edit {number}") for number, edit in enumerate(case["edits"], 1)]
     system, lead, tail = INSTRUCTIONS[1]
-    texts = [chat_probe(editor.tokenizer, system, lead, question["ask"], tail, "").text for question in case["questions"]]
+    texts = [chat_probe(editor.tokenizer, lead + question["ask"] + tail, "", system).text for question in case["questions"]]
     say = lambda: generate(editor.model, editor.tokenizer, texts, chat=bool(editor.tokenizer.chat_template))  # noqa: E731
     asked = [
         {"ask": question["ask"], "wanted": question.get("wanted"), "before": before, "after": {}}

@@ -35,12 +35,13 @@ def plain_probe(prompt: str, answer: str) -> Probe:
     return Probe(prompt, f" {answer.strip()}")
 
 
-def chat_probe(tokenizer, system: str, before: str, question: str, after: str, answer: str) -> Probe:
-    """A question within an instruction, in the model's chat template (or as plain lines where it has none)."""
-    user = f"{before}{question}{after}"
+def chat_probe(tokenizer, user: str, answer: str, system: str | None = None, earlier: Sequence[dict[str, str]] = ()) -> Probe:
+    """A user's message, after a system message and earlier turns if there are any, in the model's chat template (or as plain lines where
+    it has none)."""
     if not tokenizer.chat_template:
-        return Probe(f"{system}\n{user}\nAnswer:", f" {answer.strip()}")
-    lead, tail = chat_parts(tokenizer, system)  # templates without a system role, and those that leave room for thoughts
+        lines = [*([] if system is None else [system]), *(message["content"] for message in earlier), user, "Answer:"]
+        return Probe("\n".join(lines), f" {answer.strip()}")
+    lead, tail = chat_parts(tokenizer, system, earlier)  # templates without a system role, and those that leave room for thoughts
     return Probe(lead + user + tail, answer.strip(), chat=True)
 
 

@@ -30,7 +30,7 @@ METRICS = (*(name for metric in RECALL for name in (metric, f"{metric}_generated
 
 def probes_of(tokenizer, subject: SubjectCases, data: Dataset) -> dict[str, list[Probe]]:
     """The probes of a subject by metric."""
-    asked = lambda q, a: [chat_probe(tokenizer, system, before, q, after, a) for system, before, after in data.instructions]  # noqa: E731
+    asked = lambda q, a: [chat_probe(tokenizer, before + q + after, a, system) for system, before, after in data.instructions]  # noqa: E731
     probes: dict[str, list[Probe]] = {"efficacy": [], "paraphrase": [], "instructed": [], "locality": [], "locality_instructed": []}
     for case in subject.cases:
         target = case.edit.target

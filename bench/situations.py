@@ -17,18 +17,17 @@ questions that do not name the subject; so each is to be compared with other rec
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from rose_engine import Editor
 
 from bench.datasets.cases import Case, SubjectCases
 from bench.methods import Method, edited, methods_of
-from bench.metrics import Probe, teacher_forced
+from bench.metrics import Probe, chat_probe, teacher_forced
 from bench.output import emit
 from bench.subjects import note, opened, parser_of
 from bench.tables import error_of_mean
-
-Message = dict[str, str]
 
 EARLIER = (
     ("What is a good way to keep bread fresh?", "Keep it in a paper bag or a bread box, and freeze what you will not eat in two days."),
@@ -52,42 +51,39 @@ RULES = (
 )
 
 
-def user(text: str) -> list[Message]:
-    """A conversation of one message."""
-    return [{"role": "user", "content": text}]
+@dataclass(frozen=True)
+class Asked:
+    """What the model is shown: a user's message, after a system message and earlier turns if there are any."""
+
+    user: str
+    system: str | None = None
+    earlier: tuple[tuple[str, str], ...] = ()
+
+    def probe(self, tokenizer, answer: str) -> Probe:
+        """It with the answer that is wanted."""
+        earlier = [{"role": role, "content": text} for turn in self.earlier for role, text in zip(("user", "assistant"), turn, strict=True)]
+        return chat_probe(tokenizer, self.user, answer, self.system, earlier)
 
 
-def _in_a_conversation(question: str) -> list[Message]:
-    turns = [[*user(asked), {"role": "assistant", "content": answer}] for asked, answer in EARLIER]
-    return [message for turn in turns for message in turn] + user(question)
-
-
-def _with_a_gap(case: Case, name: str) -> list[Message]:
+def _with_a_gap(case: Case, name: str) -> Asked:
     said = case.edit.prompt.replace("{}", "___")
-    return user(f"A sentence with a gap: {said}\nWhat belongs in the gap is {name}. Give the words that the sentence ends with.")
+    return Asked(f"A sentence with a gap: {said}\nWhat belongs in the gap is {name}. Give the words that the sentence ends with.")
 
 
-def _by_a_part(question: str, name: str) -> list[Message] | None:
+def _by_a_part(question: str, name: str) -> Asked | None:
     first, _, last = name.rpartition(" ")
-    return user(question.replace(name, last)) if first and name in question else None
+    return Asked(question.replace(name, last)) if first and name in question else None
 
 
-# conversation(case, question, name, other): what the model is shown, None where it cannot be made.
-SITUATIONS: dict[str, Callable[[Case, str, str, str], list[Message] | None]] = {
-    "asked": lambda case, question, name, other: user(question),
-    "conversation": lambda case, question, name, other: _in_a_conversation(question),
-    "system": lambda case, question, name, other: [{"role": "system", "content": " ".join(RULES)}, *user(question)],
-    "beside": lambda case, question, name, other: user(f"I have read enough about {other} for today. Something else: {question}"),
+# situation(case, question, name, other): what the model is shown, None where it cannot be made.
+SITUATIONS: dict[str, Callable[[Case, str, str, str], Asked | None]] = {
+    "asked": lambda case, question, name, other: Asked(question),
+    "conversation": lambda case, question, name, other: Asked(question, earlier=EARLIER),
+    "system": lambda case, question, name, other: Asked(question, system=" ".join(RULES)),
+    "beside": lambda case, question, name, other: Asked(f"I have read enough about {other} for today. Something else: {question}"),
     "last": lambda case, question, name, other: _with_a_gap(case, name),
     "part": lambda case, question, name, other: _by_a_part(question, name),
 }
-
-
-def probe_of(tokenizer, messages: Sequence[Message], answer: str) -> Probe:
-    """A conversation in the model's chat template, or as plain lines where it has none."""
-    if not tokenizer.chat_template:
-        return Probe("\n".join(message["content"] for message in messages) + "\nAnswer:", f" {answer.strip()}")
-    return Probe(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), answer.strip(), chat=True)
 
 
 def probes_of(tokenizer, subject: SubjectCases, other: str) -> dict[str, list[Probe]]:
@@ -95,10 +91,9 @@ def probes_of(tokenizer, subject: SubjectCases, other: str) -> dict[str, list[Pr
     probes: dict[str, list[Probe]] = {name: [] for name in SITUATIONS}
     for case in subject.cases:
         for question in case.questions:
-            for name, conversation in SITUATIONS.items():
-                messages = conversation(case, question, subject.name, other)
-                if messages:
-                    probes[name].append(probe_of(tokenizer, messages, case.edit.target))
+            for name, situation in SITUATIONS.items():
+                if asked := situation(case, question, subject.name, other):
+                    probes[name].append(asked.probe(tokenizer, case.edit.target))
     return {name: list(dict.fromkeys(some)) for name, some in probes.items()}
 
 

@@ -101,7 +101,8 @@ def load(path: str | Path, most: int = 10) -> Conversations:
 
 def ask(tokenizer: Any, question: str) -> str:
     """The text in which a question is asked."""
-    return chat_probe(tokenizer, *INSTRUCTIONS[0][:2], question, INSTRUCTIONS[0][2], "").text
+    system, before, after = INSTRUCTIONS[0]
+    return chat_probe(tokenizer, before + question + after, "", system).text
 
 
 def _turns(data: dict[str, Any]) -> dict[str, Turn]:

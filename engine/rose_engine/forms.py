@@ -183,12 +183,13 @@ def prefix_forms(prefixes: Sequence[str]) -> tuple[Form, ...]:
     return (STATEMENT, *(Form(f"prefix_{i}", (prefix, "")) for i, prefix in enumerate(prefixes, 1)))
 
 
-def chat_parts(tokenizer: Any, system: str | None) -> tuple[str, str]:
+def chat_parts(tokenizer: Any, system: str | None, earlier: Sequence[dict[str, str]] = ()) -> tuple[str, str]:
     """The chat template's text before and after a user's message, up to where the assistant's answer begins.
 
-    Templates that refuse a system message get it at the head of the user's message.
+    earlier: messages that stand before it, of user and assistant in turn. Templates that refuse a system message get it at the head of
+    the first user's message.
     """
-    user = [{"role": "user", "content": _PLACEHOLDER}]
+    user = [*earlier, {"role": "user", "content": _PLACEHOLDER}]
     # Templates of reasoning models leave room for thoughts unless told not to; others ignore the option.
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     render = partial(tokenizer.apply_chat_template, **options)
@@ -198,7 +199,7 @@ def chat_parts(tokenizer: Any, system: str | None) -> tuple[str, str]:
         try:
             text = render([{"role": "system", "content": system}, *user])
         except Exception:  # jinja raises what the template tells it to
-            text = render([{"role": "user", "content": f"{system}\n\n{_PLACEHOLDER}"}])
+            text = render([user[0] | {"content": f"{system}\n\n{user[0]['content']}"}, *user[1:]])
     before, found, after = text.partition(_PLACEHOLDER)
     if not found or _PLACEHOLDER in after:
         raise ValueError("the chat template does not show the user's message exactly once")

@@ -87,9 +87,12 @@ def test_a_template_without_system_messages(tokenizer):
         def apply_chat_template(self, messages, **_):
             if messages[0]["role"] == "system":
                 raise ValueError("no system role")
-            return f"<u>{messages[0]['content'].strip()}</u>"
+            return "".join(f"<{m['role'][0]}>{m['content'].strip()}</{m['role'][0]}>" for m in messages)
 
     assert chat_parts(Strict(), "Be brief.") == ("<u>Be brief.\n\n", "</u>")
+    earlier = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+    assert chat_parts(Strict(), "Be brief.", earlier) == ("<u>Be brief.\n\nHello</u><a>Yes?</a><u>", "</u>")
+    assert chat_parts(Strict(), None, earlier) == ("<u>Hello</u><a>Yes?</a><u>", "</u>")
 
 
 def test_what_cannot_be_a_row(tokenizer):
