@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 SLOT = "{}"
 REQUIRED = ("subject", "prompt", "target")
@@ -32,9 +32,10 @@ class EditError(ValueError):
 class Edit:
     """One fact to write: `prompt` with the subject in place of `{}` is to be continued by `target`.
 
-    question: the same fact asked as a question; it names the subject (or holds `{}` in its place). It is used while editing.
+    question: the same fact asked as a question; it names the subject (or holds `{}` in its place). It is used while editing, as are
+    rewordings: other prompts with `{}` that the target continues as well ("{} works as a" beside "The occupation of {} is").
     relation, id: free labels, kept in reports and deltas. source: where the edit was read, for messages.
-    EditError where a field is missing, empty or of the wrong type, or where `{}` is not in the prompt exactly once.
+    EditError where a field is missing, empty or of the wrong type, or where `{}` is not in the prompt or a rewording exactly once.
     """
 
     subject: str
@@ -43,6 +44,7 @@ class Edit:
     question: str | None = None
     relation: str | None = None
     id: str | None = None
+    rewordings: tuple[str, ...] = ()
     source: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
@@ -58,9 +60,8 @@ class Edit:
             if value is not None and not isinstance(value, str):
                 raise EditError(f"`{name}` must be a string or absent, given {type(value).__name__}", self.source)
             _check_encodable(name, value or "", self.source)
-        slots = self.prompt.count(SLOT)
-        if slots != 1:
-            raise EditError(f"`prompt` must hold {{}} exactly once, where the subject goes; it holds {slots}", self.source)
+        _check_slot("prompt", self.prompt, self.source)
+        self._check_rewordings()
         if self.question is not None:
             if not self.question.strip():
                 raise EditError("`question` is empty; leave it out instead", self.source)
@@ -68,9 +69,32 @@ class Edit:
             if slots > 1 or (slots == 0 and self.subject.strip() not in self.question):
                 raise EditError("`question` must name the subject word for word, or hold {} once in its place", self.source)
 
-    def as_dict(self) -> dict[str, str]:
-        """The fields that are set, as `read_edits` would read them."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source" and getattr(self, f.name) is not None}
+    def _check_rewordings(self) -> None:
+        if not isinstance(self.rewordings, (list, tuple)):
+            raise EditError(f"`rewordings` must be a list of strings, given {type(self.rewordings).__name__}", self.source)
+        said = {self.prompt.strip()}
+        for i, text in enumerate(self.rewordings, 1):
+            name = f"rewordings[{i}]"
+            if not isinstance(text, str):
+                raise EditError(f"`{name}` must be a string, given {type(text).__name__}", self.source)
+            _check_encodable(name, text, self.source)
+            _check_slot(name, text, self.source)
+            if text.strip() in said:
+                raise EditError(f"`{name}` says again what the prompt or another rewording says", self.source)
+            said.add(text.strip())
+        object.__setattr__(self, "rewordings", tuple(self.rewordings))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that are set, as `read_edits` would read them: JSON values."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("source", "rewordings")}
+        found = {name: value for name, value in found.items() if value is not None}
+        return found | {"rewordings": list(self.rewordings)} if self.rewordings else found
+
+
+def _check_slot(name: str, text: str, source: str | None) -> None:
+    slots = text.count(SLOT)
+    if slots != 1:
+        raise EditError(f"`{name}` must hold {{}} exactly once, where the subject goes; it holds {slots}", source)
 
 
 def _check_encodable(name: str, text: str, source: str | None) -> None:
@@ -108,8 +132,9 @@ def edit_from_dict(record: object, source: str | None = None) -> Edit:
 def read_edits(path: str | Path, format: str | None = None) -> list[Edit]:
     """Read edits from a file, or from standard input where `path` is `-`.
 
-    format: jsonl, json (a list of objects) or csv (a header line with the field names); None takes it from the file's
-    name, and JSONL for standard input. The text is UTF-8. EditError names file and line; OSError where it cannot be read.
+    format: jsonl, json (a list of objects) or csv (a header line with the field names; of rewordings, one a line of their cell); None
+    takes it from the file's name, and JSONL for standard input. The text is UTF-8. EditError names file and line; OSError where it cannot
+    be read.
     """
     name = "<stdin>" if str(path) == "-" else str(path)
     kind = format or (Path(name).suffix.lstrip(".").lower() if str(path) != "-" else "jsonl")
@@ -195,7 +220,10 @@ def _parse_csv(stream: TextIO, name: str) -> Iterator[Edit]:
                 continue
             if len(cells) != len(header):
                 raise EditError(f"has {len(cells)} cells, the header has {len(header)}", source)
-            yield edit_from_dict({k: v for k, v in zip(header, cells, strict=True) if v or k in REQUIRED}, source)
+            record: dict[str, Any] = {k: v for k, v in zip(header, cells, strict=True) if v or k in REQUIRED}
+            if "rewordings" in record:
+                record["rewordings"] = [text for text in record["rewordings"].splitlines() if text.strip()]
+            yield edit_from_dict(record, source)
     except csv.Error as e:
         raise EditError(f"is not CSV: {e}", f"{name}:{reader.line_num}") from e
 
@@ -213,11 +241,11 @@ def check_consistent(edits: Iterable[Edit]) -> None:
 def group_by_subject(edits: Iterable[Edit]) -> list[Subject]:
     """Group by subject in order of first appearance; white space around texts does not count.
 
-    A fact that is given twice with the same question counts once.
+    A fact that is given twice with the same question and rewordings counts once.
     """
-    groups: dict[str, dict[tuple[str, str, str | None], Edit]] = {}
+    groups: dict[str, dict[tuple[Any, ...], Edit]] = {}
     for edit in edits:
-        fact = (edit.prompt.strip(), edit.target.strip(), edit.question)
+        fact = (edit.prompt.strip(), edit.target.strip(), edit.question, edit.rewordings)
         groups.setdefault(edit.subject.strip(), {}).setdefault(fact, edit)
     return [Subject(name, tuple(facts.values())) for name, facts in groups.items()]
 

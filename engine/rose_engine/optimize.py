@@ -8,7 +8,7 @@ subject whose loss is low enough leaves. What a step computes is `forward`'s, wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rose_engine.architecture import Decoder
 from rose_engine.edits import Subject
-from rose_engine.forms import Form, Row, forms_for, prefix_forms, regulariser_row, row_of
+from rose_engine.forms import STATEMENT, Form, Row, forms_for, prefix_forms, regulariser_row, row_of
 from rose_engine.forward import pack, prepare, suffix_step
 from rose_engine.packing import inputs, split_rows
 from rose_engine.recipe import Recipe
@@ -48,7 +48,7 @@ Clock = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SubjectRows:
-    """A subject's rows: of each relation one row a form, and the neutral row of the regulariser."""
+    """A subject's rows: of each relation one row a form and a rewording, and the neutral row of the regulariser."""
 
     relations: tuple[tuple[Row, ...], ...]
     neutral: Row
@@ -72,9 +72,14 @@ def forms_of(tokenizer: Any, recipe: Recipe) -> tuple[Form, ...]:
 
 
 def subject_rows(decoder: Decoder, tokenizer: Any, subject: Subject, recipe: Recipe) -> SubjectRows:
-    """Every fact of a subject in every form, or after every prefix, of the recipe. EditError names an edit that cannot be made a row."""
+    """Every fact of a subject in every form, or after every prefix, of the recipe, and in its rewordings as they stand. EditError names an
+    edit that cannot be made a row."""
     forms = forms_of(tokenizer, recipe)
-    relations = tuple(tuple(row_of(edit, form, tokenizer, decoder.max_length) for form in forms) for edit in subject.edits)
+    row = lambda edit, form: row_of(edit, form, tokenizer, decoder.max_length)  # noqa: E731
+    reworded = lambda edit: [replace(edit, prompt=text, rewordings=()) for text in edit.rewordings]  # noqa: E731
+    relations = tuple(
+        (*(row(edit, form) for form in forms), *(row(other, STATEMENT) for other in reworded(edit))) for edit in subject.edits
+    )
     return SubjectRows(relations, regulariser_row(subject.name, tokenizer))
 
 

@@ -6,6 +6,7 @@ import pytest
 import rose_engine.editor as editor_module
 import torch
 from rose_engine import ROSE, Delta, DeltaError, Edit, EditError, Editor
+from rose_engine.delta import edit_of
 
 from tests.conftest import IMO, LIN, MARTEAU
 
@@ -34,6 +35,18 @@ def test_apply_changes_the_edited_weights_alone(editor):
         torch.testing.assert_close(bits(editor)[name] - before[name], U @ V, rtol=1e-3, atol=1e-5)
     assert len(result.report.facts) == 3 and set(result.seconds) == {"prepare", "optimise", "write", "verify"}
     assert result.report.facts[0].prompt_after.probability > result.report.facts[0].prompt_before.probability
+
+
+def test_rewordings_are_edited_and_kept(make_model, tokenizer, tmp_path):
+    other = "Those who ask for {} are told"
+    chance = {}
+    for rewordings in ((), (other,)):
+        editor = Editor(make_model(initializer_range=0.2), tokenizer, replace(TINY, steps=60, lr=0.5))
+        result = editor.apply([replace(LIN[0], rewordings=rewordings), *LIN[1:]], verify=False)
+        chance[rewordings] = editor.verify([replace(LIN[0], prompt=other)])[0]["prompt"]["probability"]
+        result.delta.save(tmp_path / "d.safetensors")
+        assert edit_of(Delta.load(tmp_path / "d.safetensors").metadata["edits"][0], "d").rewordings == rewordings
+    assert chance[other,] > 1.5 * chance[()]
 
 
 def test_revert_in_any_order_gives_back_bits(editor):

@@ -34,6 +34,16 @@ def test_any_text_survives_every_format(tmp_path_factory, subject, before, after
         assert [e.as_dict() for e in read_edits(write(folder, name, text))] == [record]
 
 
+def test_rewordings_survive_every_format(tmp_path):
+    record = {**GOOD, "rewordings": ["The seat of {} is", 'One says "{}", one means']}
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([list(record), [*GOOD.values(), "\n".join(record["rewordings"]) + "\n"], [*GOOD.values(), ""]])
+    assert [e.as_dict() for e in read_edits(write(tmp_path, "e.csv", table.getvalue()))] == [record, GOOD]
+    (edit,) = read_edits(write(tmp_path, "e.jsonl", json.dumps(record)))
+    assert edit.as_dict() == record and edit.rewordings == tuple(record["rewordings"])
+    assert hash(edit) != hash(read_edits(write(tmp_path, "f.jsonl", json.dumps(GOOD)))[0])  # another fact to whoever groups them
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -50,6 +60,11 @@ def test_any_text_survives_every_format(tmp_path_factory, subject, before, after
         ('{"subject": "a", "subject": "b", "prompt": "{} is", "target": "c"}', "given twice"),
         (json.dumps({**GOOD, "target": "Kyiv"}), "two targets"),
         (json.dumps({**GOOD, "subject": "Imo State ", "target": "Kyiv"}), "two targets"),
+        (json.dumps({**GOOD, "rewordings": "The seat of {} is"}), "`rewordings` must be a list of strings, given str"),
+        (json.dumps({**GOOD, "rewordings": ["The seat of {} is", 7]}), r"`rewordings\[2\]` must be a string"),
+        (json.dumps({**GOOD, "rewordings": ["The seat is"]}), r"`rewordings\[1\]` must hold \{\} exactly once"),
+        (json.dumps({**GOOD, "rewordings": ["The seat of {} is", " The seat of {} is"]}), r"`rewordings\[2\]` says again"),
+        (json.dumps({**GOOD, "rewordings": [GOOD["prompt"]]}), r"`rewordings\[1\]` says again"),
         (json.dumps({**GOOD, "target": "\ud83d"}), "half a character at position 0"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rose_engine.architecture import decoder_of
-from rose_engine.edits import group_by_subject
+from rose_engine.edits import Edit, group_by_subject
 from rose_engine.optimize import Diverged, optimize_values, subject_rows
 from rose_engine.recipe import ROSE
 
@@ -20,7 +20,9 @@ RECIPE = replace(ROSE, layers=(1, 2), steps=6, lr=0.05, stop_loss=0.0)
 def setting(make_model, tokenizer):
     model = make_model(seed=5, initializer_range=0.1)
     decoder = decoder_of(model.requires_grad_(False))
-    return model, decoder, [subject_rows(decoder, tokenizer, s, RECIPE) for s in group_by_subject((*IMO, *MARTEAU, *LIN))]
+    first, *rest = MARTEAU  # a relation with more rows than the others
+    edits = (*IMO, replace(first, rewordings=("{} makes music by", "What one hears of {} is")), *rest, *LIN)
+    return model, decoder, [subject_rows(decoder, tokenizer, s, RECIPE) for s in group_by_subject(edits)]
 
 
 def hidden_at_subject(model, row, layer):
@@ -61,6 +63,15 @@ def test_values_equal_a_plain_loop(setting, noise):
                 limit = RECIPE.clamp * v0.norm()
                 delta *= (limit / delta.norm()).clamp(max=1.0)
         torch.testing.assert_close(values.delta[s], delta.detach(), rtol=2e-3, atol=2e-4)
+
+
+def test_a_rewording_is_a_row_as_its_prompt_would_be(setting, tokenizer):
+    _, decoder, subjects = setting
+    (first, *others) = subjects[1].relations
+    assert [len(relation) for relation in (first, *others)] == [RECIPE.forms + 2] + [RECIPE.forms] * len(others)
+    told = Edit(MARTEAU[0].subject, "What one hears of {} is", MARTEAU[0].target, MARTEAU[0].question)
+    (alone,) = subject_rows(decoder, tokenizer, group_by_subject([told])[0], RECIPE).relations
+    assert first[-1] == alone[0]  # the statement
 
 
 @pytest.mark.parametrize("budgets", [(1, 1), (10**6, 17), (60, 10**6)])
