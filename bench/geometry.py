@@ -10,7 +10,7 @@ edited layer is moved otherwise than in the statement, in questions that no edit
 D_layer_*: eq. 5 of the last layer alone, with eq16_* and bound_*, what eq. 16 and eq. 17 or 18 make of it. conflict: eq. 6 between
 relations, with the first recipe. key_similarity: cosines of keys in the last edited layer of the unedited model. spectrum: of the
 second moment there, where a recipe has one. --forms: the same for so many forms (Fig. 19). --layers: R_kept_written and D after each of
-these layers, and cosines of the keys in them (Fig. 12). --sweep: both on so many subjects alone, the first ones.
+these layers, and cosines of the keys in them (Fig. 12). --sweep: both on so many subjects alone, the first ones, but for the cosines.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def geometry(
     layers: Sequence[int] = (),
     sweep: int | None = None,
 ) -> dict[str, Any]:
-    """Means over subjects of all that is measured; `subjects` holds them one by one. Forms and layers: over the first `sweep` subjects."""
+    """Means over subjects of all that is measured; `subjects` holds them one by one. Forms and layers, but for the cosines, are of the
+    first `sweep` subjects."""
     spectra = {name: spectrum_of(editor, recipe) for name, recipe in recipes.items() if recipe.preconditioner == "covariance"}
     lines: list[dict[str, Any]] = []
     last = next(iter(recipes.values())).last_layer
@@ -188,7 +189,7 @@ def geometry(
         note(f"{i + 1}/{len(subjects)} {subject.name}: {told}")
     for spectrum in spectra.values():
         del spectrum["factor"]
-    some = lines[:sweep]
+    first = lines[:sweep]
     conflicts = [float(off_diagonal(torch.tensor(line["conflict"])).mean()) for line in lines if "conflict" in line]
     return {
         "recipes": {name: _means([line["recipes"][name] for line in lines]) for name in recipes},
@@ -196,9 +197,9 @@ def geometry(
         "key_similarity": _similarity(keys[last]),
         "cosines": similarity(torch.stack([k.mean(0) for k in keys[last]])).tolist(),
         "spectrum": spectra,
-        "forms": {n: _means([line["forms"][n] for line in some]) for n in forms},
+        "forms": {n: _means([line["forms"][n] for line in first]) for n in forms},
         "layers": {
-            n: {name: _means([line["layers"][name][n] for line in some]) for name in recipes} | {"keys": _similarity(keys[n])}
+            n: {name: _means([line["layers"][name][n] for line in first]) for name in recipes} | {"keys": _similarity(keys[n])}
             for n in layers
         },
         "subjects": lines,
@@ -254,6 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", type=int, default=None, metavar="N", help="sweep forms and layers on the first N subjects alone (all)")
     parser.add_argument("--plot", type=Path, default=None, metavar="FOLDER", help="write the figures as PNG into this folder")
     args = parser.parse_args(argv)
+    if args.sweep is not None and args.sweep < 1:
+        parser.error("--sweep must be 1 or more: the subjects to sweep on")
     editor, data = opened(args)
     recipes = {name: method.recipe for name, method in methods_of(args.recipes, editor).items()}
     if None in recipes.values():
@@ -272,8 +275,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(
             f"--layers: there is no layer {beyond[0]} with another above it; the model has 0 to {len(editor.decoder.layers) - 1}"
         )
-    if args.sweep is not None and args.sweep < 1:
-        raise SystemExit(f"--sweep {args.sweep}: give at least one subject to sweep on")
     found = geometry(editor, data.subjects, recipes, forms, layers, args.sweep)
     if args.plot:
         draw(found, args.plot)

@@ -11,7 +11,7 @@ the unedited model's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from rose_engine import Editor
@@ -91,6 +91,17 @@ def evaluate(
     return results
 
 
+def reworded(editor: Editor, data: Dataset, count: int) -> Dataset:
+    """The data, its edits with up to `count` rewordings of each prompt by the model itself. What happens to be a paraphrase that the
+    evaluation asks is left out."""
+    cases = [case for subject in data.subjects for case in subject.cases]
+    asked = {text.replace(case.edit.subject, "{}").casefold() for case in cases for text in case.paraphrases}
+    edits = editor.reword([case.edit for case in cases], count=count)
+    unseen = iter(replace(e, rewordings=tuple(text for text in e.rewordings if text.casefold() not in asked)) for e in edits)
+    subjects = (replace(s, cases=tuple(replace(case, edit=next(unseen)) for case in s.cases)) for s in data.subjects)
+    return replace(data, subjects=tuple(subjects))
+
+
 def percent(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
     """Means over subjects in percent."""
     return {
@@ -101,8 +112,11 @@ def percent(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, f
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("bench.quality", __doc__, count="subjects", default=20)
     parser.add_argument("--recipes", default="vanilla,rose", help="methods by name (`bench.methods`), separated by commas")
+    parser.add_argument("--reword", type=int, default=0, help="rewordings that the model writes for each prompt before it is edited")
     args = parser.parse_args(argv)
     editor, data = opened(args)
+    if args.reword:
+        data = reworded(editor, data, args.reword)
     table = percent(evaluate(editor, data, methods_of(args.recipes, editor), note))
     lines = [f"{'':12s}" + "".join(f"{metric:>22s}" for metric in METRICS)]
     lines += [f"{name:12s}" + "".join(f"{metrics.get(m, float('nan')):22.1f}" for m in METRICS) for name, metrics in table.items()]

@@ -35,9 +35,9 @@ class Base:
         """Keep the weights of layers that are about to be edited for the first time."""
         for layer in layers:
             name, weight = self.decoder.weight_name(layer), self.decoder.weight(layer)
-            if name not in self.tensors:
-                self.tensors[name] = weight.cpu().clone()
+            if name not in self.tensors:  # which comes last, so that an interruption leaves nothing half kept
                 self.records[name] = self._record(layer, name, weight)
+                self.tensors[name] = weight.cpu().clone()
 
     def _record(self, layer: int, name: str, weight: Tensor | Branch) -> dict[str, Any]:
         if self.decoder.quantiser:

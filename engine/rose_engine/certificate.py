@@ -1,7 +1,7 @@
 """The certificate of an edit: for each subject tolerance radius, deviation by form, verdict and neighbours; and what it does to others.
 
 The verdict is the paper's condition D <= R (section 3.2), measured on the weights as they were written against the unedited ones: R of all
-the subject's facts in the statements that were edited, D in an instruction that no edit uses. What the quantities are is `geometry`'s;
+the subject's facts in their prompts, D in an instruction that no edit uses. What the quantities are is `geometry`'s;
 docs/geometry.md shows what the verdict is worth.
 """
 

@@ -109,6 +109,30 @@ def _names(path: Path | None) -> list[str] | None:
         return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
 
 
+@app.command()
+def reword(
+    edits: Annotated[str, typer.Option("--edits", "-e", help="JSONL, JSON or CSV file of edits; - reads standard input.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSONL file for the edits with their rewordings.")],
+    model: ModelOption = "smollm2",
+    format: Annotated[str | None, typer.Option(help="jsonl, json or csv; default: by the file's name.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Rewordings of a prompt, at most.")] = 2,
+    seed: Annotated[int, typer.Option(help="With which they are drawn.")] = 0,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Have the model say the prompts of edits in other words, to be looked over and edited with."""
+    from rose_engine.edits import read_edits
+    from rose_engine.files import replacing
+
+    with _readable(edits):
+        facts = read_edits(edits, format)
+    reworded = load_editor(model, dtype, device).reword(facts, count=count, seed=seed)
+    with replacing(out) as temporary:
+        temporary.write_text("".join(json.dumps(edit.as_dict(), ensure_ascii=False) + "\n" for edit in reworded), "utf-8")
+    for prompt, others in {edit.prompt: edit.rewordings for edit in reworded}.items():
+        print(f"{prompt}: {'; '.join(others) or 'no other words found'}")
+
+
 LedgerArgument = Annotated[Path, typer.Argument(help="Directory of the ledger.")]
 
 
@@ -327,7 +351,7 @@ def inspect(
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
-    print_inspection(found, device)
+    print_inspection(found)
 
 
 @app.command()

@@ -36,6 +36,7 @@ from rose_engine.parallel import optimize_spread
 from rose_engine.precondition import Preconditioner, preconditioner
 from rose_engine.readings import Readings
 from rose_engine.recipe import ROSE, Recipe, preset
+from rose_engine.rewording import reword
 from rose_engine.verify import UNRELATED, Report, compare, snapshot
 from rose_engine.write import all_or_nothing, write_layers
 
@@ -221,6 +222,13 @@ class Editor:
             self._applied.append(delta)
         log.info("applied %d edits of %d subjects in %.2f s", len(edits), len(subjects), sum(clock.seconds.values()))
         return Result(delta, report, certificate, clock.seconds, values)
+
+    def reword(self, edits: Iterable[Edit], *, count: int = 2, seed: int = 0) -> list[Edit]:
+        """The edits with up to `count` rewordings of each prompt, written by the unedited model and drawn with `seed`; those that bring
+        their own keep them (`rewording`). What it writes is worth a look. ValueError where the weights are spread over ranks."""
+        self._need_whole("rewording")
+        with self._unedited():
+            return reword(self.decoder, self.tokenizer, list(edits), count, seed)
 
     def load(self, delta: Delta) -> None:
         """Write a delta, as made by `apply`, into the model: the same bits. DeltaError where it belongs to another base, or was made

@@ -11,8 +11,8 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,7 +44,7 @@ class Edit:
     question: str | None = None
     relation: str | None = None
     id: str | None = None
-    rewordings: tuple[str, ...] = ()
+    rewordings: Sequence[str] | None = ()  # kept as a tuple
     source: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
@@ -70,11 +70,12 @@ class Edit:
                 raise EditError("`question` must name the subject word for word, or hold {} once in its place", self.source)
 
     def _check_rewordings(self) -> None:
-        if not isinstance(self.rewordings, (list, tuple)):
-            raise EditError(f"`rewordings` must be a list of strings, given {type(self.rewordings).__name__}", self.source)
+        given = () if self.rewordings is None else self.rewordings
+        if not isinstance(given, list | tuple):
+            raise EditError(f"`rewordings` must be a list of strings, given {type(given).__name__}", self.source)
         said = {self.prompt.strip()}
-        for i, text in enumerate(self.rewordings, 1):
-            name = f"rewordings[{i}]"
+        for i, text in enumerate(given, 1):
+            name = f"rewording {i}"
             if not isinstance(text, str):
                 raise EditError(f"`{name}` must be a string, given {type(text).__name__}", self.source)
             _check_encodable(name, text, self.source)
@@ -82,7 +83,12 @@ class Edit:
             if text.strip() in said:
                 raise EditError(f"`{name}` says again what the prompt or another rewording says", self.source)
             said.add(text.strip())
-        object.__setattr__(self, "rewordings", tuple(self.rewordings))
+        object.__setattr__(self, "rewordings", tuple(given))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt and its rewordings, without white space around them."""
+        return tuple(text.strip() for text in (self.prompt, *self.rewordings))
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that are set, as `read_edits` would read them: JSON values."""
@@ -222,31 +228,39 @@ def _parse_csv(stream: TextIO, name: str) -> Iterator[Edit]:
                 raise EditError(f"has {len(cells)} cells, the header has {len(header)}", source)
             record: dict[str, Any] = {k: v for k, v in zip(header, cells, strict=True) if v or k in REQUIRED}
             if "rewordings" in record:
-                record["rewordings"] = [text for text in record["rewordings"].splitlines() if text.strip()]
+                record["rewordings"] = [text for text in re.split("[\r\n]+", record["rewordings"]) if text.strip()]
             yield edit_from_dict(record, source)
     except csv.Error as e:
         raise EditError(f"is not CSV: {e}", f"{name}:{reader.line_num}") from e
 
 
 def check_consistent(edits: Iterable[Edit]) -> None:
-    """EditError where one (subject, prompt) is given two targets: both cannot be written."""
+    """EditError where a prompt or rewording of one subject is given two targets: both cannot be written."""
     seen: dict[tuple[str, str], Edit] = {}
     for edit in edits:
-        first = seen.setdefault((edit.subject.strip(), edit.prompt.strip()), edit)
-        if first.target.strip() != edit.target.strip():
-            where = f" (the first at {first.source})" if first.source else ""
-            raise EditError(f"two targets for subject {edit.subject!r} and prompt {edit.prompt!r}{where}", edit.source)
+        for text in edit.texts:
+            first = seen.setdefault((edit.subject.strip(), text), edit)
+            if first.target.strip() != edit.target.strip():
+                where = f" (the first at {first.source})" if first.source else ""
+                raise EditError(f"two targets for subject {edit.subject!r} and prompt {text!r}{where}", edit.source)
+
+
+def with_rewordings_of(edit: Edit, other: Edit) -> Edit:
+    """The edit with the rewordings that another of the same prompt has as well, its own first."""
+    known = dict.fromkeys(text.strip() for text in edit.rewordings)
+    more = [text for text in other.rewordings if text.strip() not in known]
+    return replace(edit, rewordings=(*edit.rewordings, *more)) if more else edit
 
 
 def group_by_subject(edits: Iterable[Edit]) -> list[Subject]:
     """Group by subject in order of first appearance; white space around texts does not count.
 
-    A fact that is given twice with the same question and rewordings counts once.
+    A fact that is given twice with the same question counts once, with the rewordings of both.
     """
-    groups: dict[str, dict[tuple[Any, ...], Edit]] = {}
+    groups: dict[str, dict[tuple[str, str, str | None], Edit]] = {}
     for edit in edits:
-        fact = (edit.prompt.strip(), edit.target.strip(), edit.question, edit.rewordings)
-        groups.setdefault(edit.subject.strip(), {}).setdefault(fact, edit)
+        facts, fact = groups.setdefault(edit.subject.strip(), {}), (edit.prompt.strip(), edit.target.strip(), edit.question)
+        facts[fact] = with_rewordings_of(facts[fact], edit) if fact in facts else edit
     return [Subject(name, tuple(facts.values())) for name, facts in groups.items()]
 
 

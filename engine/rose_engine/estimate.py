@@ -13,7 +13,7 @@ the layers that `block` runs on the CPU; the library's keep about twice the acti
 used. Bystanders, whose keys a recipe may hold in float32 while it writes, are left out.
 
 Time: a layer that T tokens pass takes its parameters x s(T), s being the seconds a parameter of a product of T rows, measured on the
-device; backward takes as much again. Attention, norms, Adam, bystanders and verification are left out.
+device; backward takes as much again. Attention, norms, Adam, bystanders, rewordings and verification are left out.
 """
 
 from __future__ import annotations

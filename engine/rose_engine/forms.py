@@ -272,7 +272,7 @@ def check_text(edit: Edit, tokenizer: Any) -> None:
     and with them the tokenizer's offsets of everything after, by which the subject is found.
     """
     texts = {name: getattr(edit, name) or "" for name in ("subject", "prompt", "target", "question")}
-    for name, text in (texts | {f"rewordings[{i}]": text for i, text in enumerate(edit.rewordings, 1)}).items():
+    for name, text in (texts | {f"rewording {i}": text for i, text in enumerate(edit.rewordings, 1)}).items():
         spelt = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
         if spelt.count(_UNREADABLE) > text.count(_UNREADABLE):
             raise EditError(f"`{name}` holds a character that the tokenizer cannot spell: {text!r} is read back as {spelt!r}", edit.source)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from torch import Tensor
 
 from rose_engine.delta import Delta, edit_of
-from rose_engine.edits import Edit
+from rose_engine.edits import Edit, with_rewordings_of
 from rose_engine.precondition import Preconditioner
 
 
@@ -24,12 +24,31 @@ def facts_in(deltas: Sequence[Delta]) -> list[Edit]:
 
 
 def latest(edits: Iterable[Edit]) -> list[Edit]:
-    """Of edits with one subject and prompt those with the last one's target, each once; white space around texts does not count."""
-    facts: dict[tuple[str, str], list[Edit]] = {}
+    """Of edits of one subject that share a prompt or a rewording those with the last one's target, each once, with all its rewordings;
+    white space around texts does not count."""
+    facts: dict[str, list[Edit]] = {}
     for edit in edits:
-        same = facts.setdefault((edit.subject.strip(), edit.prompt.strip()), [])
-        same[:] = [other for other in same if other.target.strip() == edit.target.strip() and other != edit] + [edit]
-    return [edit for same in facts.values() for edit in same]
+        known = facts.setdefault(edit.subject.strip(), [])
+        stay, place = [], None
+        for other in known:
+            again = _same_fact(other, edit)
+            if again or _contradicts(other, edit):
+                place = len(stay) if place is None else place
+                edit = with_rewordings_of(edit, other) if again else edit
+            else:
+                stay.append(other)
+        stay.insert(len(stay) if place is None else place, edit)
+        known[:] = stay
+    return [edit for known in facts.values() for edit in known]
+
+
+def _same_fact(one: Edit, other: Edit) -> bool:
+    said = lambda edit: (edit.texts[0], edit.target.strip(), edit.question)  # noqa: E731
+    return said(one) == said(other)
+
+
+def _contradicts(one: Edit, other: Edit) -> bool:
+    return one.target.strip() != other.target.strip() and not set(one.texts).isdisjoint(other.texts)
 
 
 def with_earlier(earlier: Sequence[Edit], edits: Sequence[Edit]) -> list[Edit]:

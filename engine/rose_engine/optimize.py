@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rose_engine.architecture import Decoder
 from rose_engine.edits import Subject
-from rose_engine.forms import STATEMENT, Form, Row, forms_for, prefix_forms, regulariser_row, row_of
+from rose_engine.forms import Form, Row, forms_for, prefix_forms, regulariser_row, row_of
 from rose_engine.forward import pack, prepare, suffix_step
 from rose_engine.packing import inputs, split_rows
 from rose_engine.recipe import Recipe
@@ -75,12 +75,13 @@ def subject_rows(decoder: Decoder, tokenizer: Any, subject: Subject, recipe: Rec
     """Every fact of a subject in every form, or after every prefix, of the recipe, and in its rewordings as they stand. EditError names an
     edit that cannot be made a row."""
     forms = forms_of(tokenizer, recipe)
-    row = lambda edit, form: row_of(edit, form, tokenizer, decoder.max_length)  # noqa: E731
-    reworded = lambda edit: [replace(edit, prompt=text, rewordings=()) for text in edit.rewordings]  # noqa: E731
-    relations = tuple(
-        (*(row(edit, form) for form in forms), *(row(other, STATEMENT) for other in reworded(edit))) for edit in subject.edits
-    )
-    return SubjectRows(relations, regulariser_row(subject.name, tokenizer))
+    relations = []
+    for edit in subject.edits:
+        said = [(edit, form) for form in forms]
+        for i, text in enumerate(edit.rewordings, 1):
+            said.append((replace(edit, prompt=text, rewordings=()), Form(f"rewording {i}")))
+        relations.append(tuple(row_of(some, form, tokenizer, decoder.max_length) for some, form in said))
+    return SubjectRows(tuple(relations), regulariser_row(subject.name, tokenizer))
 
 
 @dataclass(frozen=True)

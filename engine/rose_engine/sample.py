@@ -1,10 +1,11 @@
-"""Text that the model says by itself: what its second moments may be taken over, and the prefixes of MEMIT's prompts.
+"""Text that the model says by itself: what its second moments may be taken over, the prefixes of MEMIT's prompts, lines after a pattern.
 
 Nothing is downloaded and the same seed gives the same text on the same machine and dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,3 +54,26 @@ def sample_prefixes(model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> tu
     """A sentence of about ten tokens for each of MEMIT's openings, ended by a full stop and a space."""
     said = _sampled(model, tokenizer, list(PREFIX_OPENINGS), PREFIX_TOKENS, seed, top_k=5)
     return tuple(f"{tokenizer.decode(text, skip_special_tokens=True).strip()}. " for text in said)
+
+
+@torch.no_grad()
+def sample_lines(
+    model: PreTrainedModel, tokenizer: Any, head: str, openings: Sequence[str], tokens: int, seed: int = 0
+) -> list[str | None]:
+    """A continuation of each opening up to the end of its line, without the opening and the line's end; None where the line did not end
+    within `tokens` tokens. The text `head` stands before every opening and is run once for all."""
+    first = tokenizer(head)["input_ids"]
+    opened = [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
+    width = max(map(len, opened))
+    on = lambda rows: torch.tensor(rows, device=model.device)  # noqa: E731
+    ids = on([first + [0] * (width - len(o)) + o for o in opened])
+    mask = on([[1] * len(first) + [0] * (width - len(o)) + [1] * len(o) for o in opened])
+    past = model(input_ids=on([first]), use_cache=True).past_key_values
+    past.batch_repeat_interleave(len(opened))
+    ends = {tokenizer("\n", add_special_tokens=False)["input_ids"][-1], tokenizer.eos_token_id} - {None}
+    settings = GenerationConfig(max_new_tokens=tokens, do_sample=True, top_k=0, top_p=0.95, pad_token_id=min(ends), eos_token_id=[*ends])
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        said = model.generate(input_ids=ids, attention_mask=mask, past_key_values=past, generation_config=settings)
+    lines = [tokenizer.decode(row, skip_special_tokens=True) for row in said[:, len(first) + width :]]
+    return [line.split("\n")[0] if "\n" in line else None for line in lines]

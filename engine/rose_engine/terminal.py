@@ -58,12 +58,12 @@ def print_certificate(certificate: Certificate) -> None:
         Console(highlight=False).print(table)
 
 
-def print_inspection(found: dict[str, Any], device: str) -> None:
+def print_inspection(found: dict[str, Any]) -> None:
     """What `inspect` found, a line each."""
     gb = lambda size: f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"  # noqa: E731
     parts = dict(found["memory_bytes"])
     total = parts.pop("total")
-    stages, subjects, facts = found["seconds"], found["subjects"], found["facts"]
+    stages, subjects, facts, device = (found[name] for name in ("seconds", "subjects", "facts", "device"))
     rows = {
         "model": f"{found['family']}, {found['layers']} layers, {found['parameters'] / 1e9:.3g} B parameters",
         "weights": f"{found['dtype']}, projections of {found['bits']} bits: {gb(found['model_bytes'])}",

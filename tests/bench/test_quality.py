@@ -10,8 +10,8 @@ from rose_engine import ROSE, EditError, Editor
 from bench.datasets import load
 from bench.datasets.cases import DataError
 from bench.methods import methods_of
-from bench.metrics import Probe, contains, generate, normalise, plain_probe, teacher_forced
-from bench.quality import METRICS, evaluate, percent
+from bench.metrics import Probe, chat_probe, contains, generate, normalise, plain_probe, teacher_forced
+from bench.quality import METRICS, evaluate, percent, reworded
 
 RECORD = {
     "subjectID": 1,
@@ -61,6 +61,25 @@ def test_reader_names_file_and_record(path, break_it, message):
     with pytest.raises((DataError, EditError), match=message) as error:
         load(path)
     assert str(error.value).startswith(str(path))
+
+
+def test_rewordings_that_the_evaluation_asks_are_left_out(path):
+    class Writer:
+        def reword(self, edits, count):
+            texts = ("the religion of {} is", "{} believes in", "{} prays as they do in")
+            return [replace(edit, rewordings=texts[:count]) for edit in edits]
+
+    data = load(path)
+    (subject,) = reworded(Writer(), data, 2).subjects
+    assert subject.edits == [replace(data.subjects[0].edits[0], rewordings=("{} believes in",))]
+    assert subject.cases[0].paraphrases == data.subjects[0].cases[0].paraphrases
+
+
+def test_a_conversation_without_a_template_is_plain_lines(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    earlier = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+    assert chat_probe(tokenizer, "Who is it?", "Lin ", "Be brief.", earlier).text == "Be brief.\nHello\nYes?\nWho is it?\nAnswer:"
+    assert chat_probe(tokenizer, "Who is it?", "Lin ") == Probe("Who is it?\nAnswer:", " Lin")
 
 
 def test_teacher_forcing_is_the_models_argmax(make_model, tokenizer):

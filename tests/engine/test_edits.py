@@ -39,9 +39,18 @@ def test_rewordings_survive_every_format(tmp_path):
     table = io.StringIO(newline="")
     csv.writer(table).writerows([list(record), [*GOOD.values(), "\n".join(record["rewordings"]) + "\n"], [*GOOD.values(), ""]])
     assert [e.as_dict() for e in read_edits(write(tmp_path, "e.csv", table.getvalue()))] == [record, GOOD]
-    (edit,) = read_edits(write(tmp_path, "e.jsonl", json.dumps(record)))
-    assert edit.as_dict() == record and edit.rewordings == tuple(record["rewordings"])
-    assert hash(edit) != hash(read_edits(write(tmp_path, "f.jsonl", json.dumps(GOOD)))[0])  # another fact to whoever groups them
+    for name, text in (("e.jsonl", json.dumps(record)), ("e.json", json.dumps([record]))):
+        (edit,) = read_edits(write(tmp_path, name, text))
+        assert edit.as_dict() == record and edit.rewordings == tuple(record["rewordings"])
+    assert read_edits(write(tmp_path, "f.jsonl", json.dumps({**GOOD, "rewordings": None})))[0] == Edit(**GOOD)
+
+
+def test_a_fact_given_twice_is_one_with_the_rewordings_of_both():
+    one, two = (
+        Edit(**GOOD, rewordings=texts) for texts in (["The seat of {} is", "{} is led from"], [" {} is led from ", "In {} they meet in"])
+    )
+    (subject,) = group_by_subject([one, two])
+    assert [edit.rewordings for edit in subject.edits] == [("The seat of {} is", "{} is led from", "In {} they meet in")]
 
 
 @pytest.mark.parametrize(
@@ -60,11 +69,12 @@ def test_rewordings_survive_every_format(tmp_path):
         ('{"subject": "a", "subject": "b", "prompt": "{} is", "target": "c"}', "given twice"),
         (json.dumps({**GOOD, "target": "Kyiv"}), "two targets"),
         (json.dumps({**GOOD, "subject": "Imo State ", "target": "Kyiv"}), "two targets"),
+        (json.dumps({**GOOD, "prompt": "{} is led from", "target": "Kyiv", "rewordings": [GOOD["prompt"]]}), "two targets"),
         (json.dumps({**GOOD, "rewordings": "The seat of {} is"}), "`rewordings` must be a list of strings, given str"),
-        (json.dumps({**GOOD, "rewordings": ["The seat of {} is", 7]}), r"`rewordings\[2\]` must be a string"),
-        (json.dumps({**GOOD, "rewordings": ["The seat is"]}), r"`rewordings\[1\]` must hold \{\} exactly once"),
-        (json.dumps({**GOOD, "rewordings": ["The seat of {} is", " The seat of {} is"]}), r"`rewordings\[2\]` says again"),
-        (json.dumps({**GOOD, "rewordings": [GOOD["prompt"]]}), r"`rewordings\[1\]` says again"),
+        (json.dumps({**GOOD, "rewordings": ["The seat of {} is", 7]}), r"`rewording 2` must be a string"),
+        (json.dumps({**GOOD, "rewordings": ["The seat is"]}), r"`rewording 1` must hold \{\} exactly once"),
+        (json.dumps({**GOOD, "rewordings": ["The seat of {} is", " The seat of {} is"]}), r"`rewording 2` says again"),
+        (json.dumps({**GOOD, "rewordings": [GOOD["prompt"]]}), r"`rewording 1` says again"),
         (json.dumps({**GOOD, "target": "\ud83d"}), "half a character at position 0"),
     ],
 )

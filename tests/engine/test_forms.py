@@ -98,7 +98,7 @@ def test_a_template_without_system_messages(tokenizer):
 def test_what_cannot_be_a_row(tokenizer):
     with pytest.raises(EditError, match=r"e\.jsonl:4: `target` holds the model's special token"):
         row_of(Edit("a", "{} is", "b<|im_end|>", source="e.jsonl:4"), STATEMENT, tokenizer)
-    with pytest.raises(EditError, match=r"e\.jsonl:5: `rewordings\[1\]` holds the model's special token"):
+    with pytest.raises(EditError, match=r"e\.jsonl:5: `rewording 1` holds the model's special token"):
         row_of(Edit("a", "{} is", "b", rewordings=["<|im_end|> {}:"], source="e.jsonl:5"), STATEMENT, tokenizer)
     with pytest.raises(EditError, match="tokens long"):
         row_of(Edit("word " * 100, "{} is", "b"), STATEMENT, tokenizer, max_length=50)

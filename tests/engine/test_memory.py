@@ -84,6 +84,18 @@ def test_two_questions_of_one_fact_are_both_asked(editor):
     assert with_earlier(facts_in([first]), [Edit("Lin Nu", "{} lives in", "Rome")]) == [Edit("Lin Nu", "{} lives in", "Rome")]
 
 
+def test_rewordings_join_their_fact_and_tell_which_one_is_replaced(editor):
+    town = Edit("Lin Nu", "{} lives in", "Metz", rewordings=["The home of {} is in"])
+    first = editor.apply([town, Edit("Lin Nu", "{} speaks", "Basque")], verify=False).delta
+    known = facts_in([first])
+    (again, _) = with_earlier(known, [Edit("Lin Nu", "{} lives in", "Metz", rewordings=["{} has a house in"])])
+    assert again.rewordings == ("{} has a house in", "The home of {} is in")
+    moved = Edit("Lin Nu", "The home of {} is in", "Rome")  # says by its prompt what the other said by a rewording
+    assert with_earlier(known, [moved]) == [moved, known[1]]
+    named = Edit("Lin Nu", "{} uses the tongue", "Welsh", rewordings=["{} speaks"])  # and the other way round
+    assert with_earlier(known, [named]) == [town, named]
+
+
 def test_a_restarted_editor_goes_on_with_the_same_bits(make_model, tokenizer, tmp_path):
     """After reverts, a subject edited twice and a reload, the next write is the one that the first process makes."""
     one, two = (Editor(make_model(initializer_range=0.2), tokenizer, RECIPE) for _ in range(2))
