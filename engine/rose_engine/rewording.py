@@ -43,7 +43,7 @@ FARTHEST = 0.4  # divergence, of at most log 2, beyond which a candidate means s
 def reword(decoder: Decoder, tokenizer: Any, edits: Sequence[Edit], count: int, seed: int = 0) -> list[Edit]:
     """The edits, those without rewordings with at most `count` of them, the nearest first; none where none was found.
 
-    A prompt is reworded once, with the subject of the first edit that has it. Seconds a prompt on a CPU.
+    A prompt is reworded once, with the subject of the first edit that has it: some 20 s each for the embedded model on two cores.
     """
     found: dict[str, tuple[str, ...]] = {}
     for edit in edits:
