@@ -46,9 +46,11 @@ def reword(decoder: Decoder, tokenizer: Any, edits: Sequence[Edit], count: int, 
     A prompt is reworded once, with the subject of the first edit that has it: some 20 s each for the embedded model on two cores.
     """
     found: dict[str, tuple[str, ...]] = {}
+    taken = {text for edit in edits for text in edit.texts}  # two facts of one subject must not say the same
     for edit in edits:
         if not edit.rewordings and edit.prompt not in found:
-            found[edit.prompt] = _nearest(decoder, tokenizer, edit, seed)[:count]
+            found[edit.prompt] = tuple(text for text in _nearest(decoder, tokenizer, edit, seed) if text not in taken)[:count]
+            taken.update(found[edit.prompt])
     return [edit if edit.rewordings else replace(edit, rewordings=found[edit.prompt]) for edit in edits]
 
 

@@ -38,7 +38,7 @@ def test_a_line_that_does_not_end_is_none(make_model, tokenizer):
     model, newline = make_model(), tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
 
     def forced(token):
-        logits = 99 * torch.eye(len(tokenizer))[token]
+        logits = torch.zeros(len(tokenizer)).index_fill_(0, torch.tensor([token]), 99.0)
         return mock.patch.object(model.lm_head, "forward", lambda x: logits.expand(*x.shape[:2], -1))
 
     with forced(newline):
@@ -106,6 +106,8 @@ def test_the_nearest_are_kept_once_a_prompt_and_read_off_the_unedited_model(make
         far = divergence(editor.decoder, tokenizer, "{} lives in", kept, ["Lin Nu", *rewording.NAMES]).tolist()
     assert list(first.rewordings) == [text for _, text in sorted(zip(far, kept, strict=True))][:2]
     assert len(editor.reword(edits[:1], count=3)[0].rewordings) == 3
+    one, two = editor.reword([edits[0], Edit("Lin Nu", "{} speaks", "Basque")], count=2)  # the same lines are drawn for both
+    assert len(one.rewordings) == 2 and two.rewordings and not set(two.rewordings) & set(one.rewordings)
 
 
 def test_the_embedded_model_finds_other_words(tmp_path):
