@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hugging Face id, local folder, or smollm2 (embedded).")]
+EditsOption = Annotated[str, typer.Option("--edits", "-e", help="JSONL, JSON or CSV file of edits; - reads standard input.")]
+FormatOption = Annotated[str | None, typer.Option(help="jsonl, json or csv; default: by the file's name.")]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16", "auto"] | None,
     typer.Option(help="auto: the faster of float32 and bfloat16 here. Default: the checkpoint's."),
@@ -59,12 +61,19 @@ def _readable(edits: str) -> Iterator[None]:
         raise EditError(f"cannot be read: {e.strerror or e}", edits) from e
 
 
+def _facts(edits: str, format: str | None) -> list[Any]:
+    from rose_engine.edits import read_edits
+
+    with _readable(edits):
+        return read_edits(edits, format)
+
+
 @app.command()
 def edit(
-    edits: Annotated[str, typer.Option("--edits", "-e", help="JSONL, JSON or CSV file of edits; - reads standard input.")],
+    edits: EditsOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for delta.safetensors and report.json.")],
     model: ModelOption = "smollm2",
-    format: Annotated[str | None, typer.Option(help="jsonl, json or csv; default: by the file's name.")] = None,
+    format: FormatOption = None,
     factors: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the delta's file; bfloat16 halves it, rounded.")] = "float32",
     certify: Annotated[bool, typer.Option(help="Measure the edit's geometry and keep the certificate in the delta.")] = False,
     others: OthersOption = None,
@@ -75,11 +84,10 @@ def edit(
     """Write edits into a model, verify them, and save the change as a delta."""
     import torch
 
-    from rose_engine.edits import EditError, read_edits
+    from rose_engine.edits import EditError
     from rose_engine.files import replacing
 
-    with _readable(edits):
-        facts = read_edits(edits, format)
+    facts = _facts(edits, format)
     if out.exists() and not out.is_dir():  # said before minutes of work, not after
         raise EditError("is not a directory", str(out))
     names = _names(others)
@@ -111,21 +119,19 @@ def _names(path: Path | None) -> list[str] | None:
 
 @app.command()
 def reword(
-    edits: Annotated[str, typer.Option("--edits", "-e", help="JSONL, JSON or CSV file of edits; - reads standard input.")],
+    edits: EditsOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="JSONL file for the edits with their rewordings.")],
     model: ModelOption = "smollm2",
-    format: Annotated[str | None, typer.Option(help="jsonl, json or csv; default: by the file's name.")] = None,
+    format: FormatOption = None,
     count: Annotated[int, typer.Option(min=1, help="Rewordings of a prompt, at most.")] = 2,
     seed: Annotated[int, typer.Option(help="With which they are drawn.")] = 0,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Have the model say the prompts of edits in other words, to be looked over and edited with."""
-    from rose_engine.edits import read_edits
     from rose_engine.files import replacing
 
-    with _readable(edits):
-        facts = read_edits(edits, format)
+    facts = _facts(edits, format)
     reworded = load_editor(model, dtype, device).reword(facts, count=count, seed=seed)
     with replacing(out) as temporary:
         temporary.write_text("".join(json.dumps(edit.as_dict(), ensure_ascii=False) + "\n" for edit in reworded), "utf-8")

@@ -90,6 +90,11 @@ class Edit:
         """The prompt and its rewordings, without white space around them."""
         return tuple(text.strip() for text in (self.prompt, *self.rewordings))
 
+    @property
+    def fact(self) -> tuple[str, str, str | None]:
+        """Prompt, target and question: what makes two edits of one subject the same fact, whatever their rewordings."""
+        return self.prompt.strip(), self.target.strip(), self.question
+
     def as_dict(self) -> dict[str, Any]:
         """The fields that are set, as `read_edits` would read them: JSON values."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("source", "rewordings")}
@@ -246,7 +251,7 @@ def check_consistent(edits: Iterable[Edit]) -> None:
 
 
 def with_rewordings_of(edit: Edit, other: Edit) -> Edit:
-    """The edit with the rewordings that another of the same prompt has as well, its own first."""
+    """The edit with the rewordings that another of the same fact has as well, its own first."""
     known = dict.fromkeys(text.strip() for text in edit.rewordings)
     more = [text for text in other.rewordings if text.strip() not in known]
     return replace(edit, rewordings=(*edit.rewordings, *more)) if more else edit
@@ -259,8 +264,8 @@ def group_by_subject(edits: Iterable[Edit]) -> list[Subject]:
     """
     groups: dict[str, dict[tuple[str, str, str | None], Edit]] = {}
     for edit in edits:
-        facts, fact = groups.setdefault(edit.subject.strip(), {}), (edit.prompt.strip(), edit.target.strip(), edit.question)
-        facts[fact] = with_rewordings_of(facts[fact], edit) if fact in facts else edit
+        facts = groups.setdefault(edit.subject.strip(), {})
+        facts[edit.fact] = with_rewordings_of(facts[edit.fact], edit) if edit.fact in facts else edit
     return [Subject(name, tuple(facts.values())) for name, facts in groups.items()]
 
 

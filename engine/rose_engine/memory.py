@@ -31,7 +31,7 @@ def latest(edits: Iterable[Edit]) -> list[Edit]:
         known = facts.setdefault(edit.subject.strip(), [])
         stay, place = [], None
         for other in known:
-            again = _same_fact(other, edit)
+            again = other.fact == edit.fact
             if again or _contradicts(other, edit):
                 place = len(stay) if place is None else place
                 edit = with_rewordings_of(edit, other) if again else edit
@@ -40,11 +40,6 @@ def latest(edits: Iterable[Edit]) -> list[Edit]:
         stay.insert(len(stay) if place is None else place, edit)
         known[:] = stay
     return [edit for known in facts.values() for edit in known]
-
-
-def _same_fact(one: Edit, other: Edit) -> bool:
-    said = lambda edit: (edit.texts[0], edit.target.strip(), edit.question)  # noqa: E731
-    return said(one) == said(other)
 
 
 def _contradicts(one: Edit, other: Edit) -> bool:

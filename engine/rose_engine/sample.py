@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 # What sampled texts begin with; common first words, so that what follows is of many kinds.
@@ -22,20 +23,33 @@ TEXTS_AT_ONCE = 90
 
 
 @torch.no_grad()
+def _drawn(
+    model: PreTrainedModel, opened: list[list[int]], tokens: int, seed: int, pad: int, head: Sequence[int] = (), **options: Any
+) -> Tensor:
+    """What is drawn [len(opened), at most `tokens`] after each opening, before which `head` stands, run once for all.
+
+    options: GenerationConfig's, with eos_token_id; what follows an end is padding.
+    """
+    width = max(map(len, opened))
+    on = lambda rows: torch.tensor(rows, device=model.device)  # noqa: E731
+    ids = on([[*head, *[pad] * (width - len(o)), *o] for o in opened])
+    given = {"attention_mask": on([[1] * len(head) + [0] * (width - len(o)) + [1] * len(o) for o in opened])}
+    if head:
+        given["past_key_values"] = model(input_ids=on([list(head)]), use_cache=True).past_key_values
+        given["past_key_values"].batch_repeat_interleave(len(opened))
+    # A configuration of its own: what a checkpoint brings along (a repetition penalty, a temperature) is not the model's distribution.
+    settings = GenerationConfig(max_new_tokens=tokens, do_sample=True, pad_token_id=pad, **options)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return model.generate(input_ids=ids, generation_config=settings, **given)[:, ids.shape[1] :]
+
+
 def _sampled(model: PreTrainedModel, tokenizer: Any, openings: list[str], tokens: int, seed: int, **options: Any) -> list[list[int]]:
     """A continuation of each opening, as tokens with it, cut at the end of the text."""
     opened = [tokenizer(opening)["input_ids"] for opening in openings]
-    width = max(map(len, opened))
     end = tokenizer.eos_token_id
-    pad = end if end is not None else tokenizer.pad_token_id
-    on = lambda rows: torch.tensor(rows, device=model.device)  # noqa: E731
-    ids, mask = on([[pad] * (width - len(o)) + o for o in opened]), on([[0] * (width - len(o)) + [1] * len(o) for o in opened])
-    # A configuration of its own: what a checkpoint brings along (a repetition penalty, a temperature) is not the model's distribution.
-    settings = GenerationConfig(max_new_tokens=tokens, do_sample=True, pad_token_id=pad, eos_token_id=end, **options)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        said = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-    texts = [o + row for o, row in zip(opened, said[:, width:].tolist(), strict=True)]
+    said = _drawn(model, opened, tokens, seed, end if end is not None else tokenizer.pad_token_id, eos_token_id=end, **options)
+    texts = [o + row for o, row in zip(opened, said.tolist(), strict=True)]
     return [text[: text.index(end, len(o))] if end in text[len(o) :] else text for o, text in zip(opened, texts, strict=True)]
 
 
@@ -56,24 +70,14 @@ def sample_prefixes(model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> tu
     return tuple(f"{tokenizer.decode(text, skip_special_tokens=True).strip()}. " for text in said)
 
 
-@torch.no_grad()
 def sample_lines(
     model: PreTrainedModel, tokenizer: Any, head: str, openings: Sequence[str], tokens: int, seed: int = 0
 ) -> list[str | None]:
     """A continuation of each opening up to the end of its line, without the opening and the line's end; None where the line did not end
-    within `tokens` tokens. The text `head` stands before every opening and is run once for all."""
-    first = tokenizer(head)["input_ids"]
+    within `tokens` tokens. The text `head` stands before every opening."""
     opened = [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
-    width = max(map(len, opened))
-    on = lambda rows: torch.tensor(rows, device=model.device)  # noqa: E731
-    ids = on([first + [0] * (width - len(o)) + o for o in opened])
-    mask = on([[1] * len(first) + [0] * (width - len(o)) + [1] * len(o) for o in opened])
-    past = model(input_ids=on([first]), use_cache=True).past_key_values
-    past.batch_repeat_interleave(len(opened))
     ends = {tokenizer("\n", add_special_tokens=False)["input_ids"][-1], tokenizer.eos_token_id} - {None}
-    settings = GenerationConfig(max_new_tokens=tokens, do_sample=True, top_k=0, top_p=0.95, pad_token_id=min(ends), eos_token_id=[*ends])
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        said = model.generate(input_ids=ids, attention_mask=mask, past_key_values=past, generation_config=settings)
-    lines = [tokenizer.decode(row, skip_special_tokens=True) for row in said[:, len(first) + width :]]
+    options = {"eos_token_id": [*ends], "top_k": 0, "top_p": 0.95}
+    said = _drawn(model, opened, tokens, seed, min(ends), tokenizer(head)["input_ids"], **options)
+    lines = [tokenizer.decode(row, skip_special_tokens=True) for row in said]
     return [line.split("\n")[0] if "\n" in line else None for line in lines]
