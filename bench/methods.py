@@ -7,7 +7,7 @@ A method is a recipe of the engine (method.md section 3) or a baseline with mach
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -51,7 +51,7 @@ def known(editor: Editor) -> dict[str, Method]:
         "rose": Method(rose),
         "rose_paper": Method(ROSE_PAPER),
         "rose_no_iga": Method(replace(rose, name="rose_no_iga", preconditioner="covariance", bystanders=0)),
-        "rose_no_hki": Method(replace(rose, name="rose_no_hki", texts="prefixes")),
+        "rose_no_hki": Method(replace(rose, name="rose_no_hki", texts="prefixes", rewordings=0)),
         "wise": Method(edit=wise.edited, random=True),
         "grace": Method(edit=grace.edited),
     }
@@ -99,8 +99,11 @@ def layers_of(text: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def edited(editor: Editor, method: Method, batches: Sequence[Sequence[Edit]], seed: int) -> Iterator[dict[str, Any]]:
-    """Edit within a `with` block, each batch on top of the ones before; its end takes everything back.
+def edited(
+    editor: Editor, method: Method, batches: Sequence[Sequence[Edit]], seed: int, without: Collection[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Edit within a `with` block, each batch on top of the ones before; its end takes everything back. `without`: the prompts of the
+    evaluation, which no rewording may say.
 
     Gives {"seconds", "peak_mb"} of the editing, without what a recipe needs once (`Editor.prepare`); peak_mb above what the process
     held, None where the system does not tell.
@@ -125,15 +128,18 @@ def edited(editor: Editor, method: Method, batches: Sequence[Sequence[Edit]], se
         return
     try:
         for batch in batches if method.recipe is not None else ():
-            apply(editor, method, batch, seed)
+            apply(editor, method, batch, seed, without)
         yield spent()
     finally:
         if editor.applied != before:
             editor.restore(before)
 
 
-def apply(editor: Editor, method: Method, edits: Sequence[Edit], seed: int) -> None:
+def apply(editor: Editor, method: Method, edits: Sequence[Edit], seed: int, without: Collection[str] = ()) -> None:
     """Apply edits with the method's recipe."""
     recipe = replace(method.recipe, seed=seed)
+    if recipe.rewordings:
+        edits = editor.reword(edits, count=recipe.rewordings, seed=seed, without=without)
+        recipe = replace(recipe, rewordings=0)
     for some in ([edit] for edit in edits) if method.one_by_one else (edits,):
         editor.apply(some, recipe=recipe, verify=False)

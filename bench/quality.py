@@ -11,12 +11,12 @@ the unedited model's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
+from dataclasses import dataclass
+from statistics import fmean, stdev
 
 from rose_engine import Editor
 
-from bench.datasets.cases import Dataset, SubjectCases
+from bench.datasets.cases import Dataset, SubjectCases, paraphrases_of
 from bench.methods import Method, edited, methods_of
 from bench.metrics import Outcome, Probe, chat_probe, contains, generate, plain_probe, teacher_forced
 from bench.output import emit
@@ -81,7 +81,7 @@ def evaluate(
         probes = probes_of(editor.tokenizer, subject, data)
         unedited = read(editor, probes)
         for name, method in methods.items():
-            with edited(editor, method, [subject.edits], 0) as cost:
+            with edited(editor, method, [subject.edits], 0, paraphrases_of(subject)) as cost:
                 values = score(editor, probes, unedited).values
             means = {metric: fmean(values[metric]) for metric in METRICS if values[metric]}
             for metric, mean in means.items():  # a subject without probes of a metric does not count there
@@ -91,17 +91,6 @@ def evaluate(
     return results
 
 
-def reworded(editor: Editor, data: Dataset, count: int) -> Dataset:
-    """The data, its edits with up to `count` rewordings of each prompt by the model itself. What happens to be a paraphrase that the
-    evaluation asks is left out."""
-    cases = [case for subject in data.subjects for case in subject.cases]
-    asked = {text.replace(case.edit.subject, "{}").casefold() for case in cases for text in case.paraphrases}
-    edits = editor.reword([case.edit for case in cases], count=count)
-    unseen = iter(replace(e, rewordings=tuple(text for text in e.rewordings if text.casefold() not in asked)) for e in edits)
-    subjects = (replace(s, cases=tuple(replace(case, edit=next(unseen)) for case in s.cases)) for s in data.subjects)
-    return replace(data, subjects=tuple(subjects))
-
-
 def percent(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
     """Means over subjects in percent."""
     return {
@@ -109,18 +98,26 @@ def percent(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, f
     }
 
 
+def standard_errors(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """Standard errors over subjects in percent, where there are two or more."""
+    return {
+        name: {metric: round(100 * stdev(values) / len(values) ** 0.5, 2) for metric, values in metrics.items() if len(values) > 1}
+        for name, metrics in results.items()
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("bench.quality", __doc__, count="subjects", default=20)
     parser.add_argument("--recipes", default="vanilla,rose", help="methods by name (`bench.methods`), separated by commas")
-    parser.add_argument("--reword", type=int, default=0, help="rewordings that the model writes for each prompt before it is edited")
     args = parser.parse_args(argv)
     editor, data = opened(args)
-    if args.reword:
-        data = reworded(editor, data, args.reword)
-    table = percent(evaluate(editor, data, methods_of(args.recipes, editor), note))
+    results = evaluate(editor, data, methods_of(args.recipes, editor), note)
+    table, errors = percent(results), standard_errors(results)
     lines = [f"{'':12s}" + "".join(f"{metric:>22s}" for metric in METRICS)]
-    lines += [f"{name:12s}" + "".join(f"{metrics.get(m, float('nan')):22.1f}" for m in METRICS) for name, metrics in table.items()]
-    emit(table, args.json, "\n".join(lines))
+    for name, means in table.items():
+        cells = (f"{means[m]:.1f} ± {errors[name].get(m, float('nan')):.1f}" if m in means else "" for m in METRICS)
+        lines.append(f"{name:12s}" + "".join(f"{cell:>22s}" for cell in cells))
+    emit(table | {"standard_error": errors, "by_subject": results}, args.json, "\n".join(lines))
     return 0
 
 

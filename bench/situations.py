@@ -22,7 +22,7 @@ from statistics import fmean
 
 from rose_engine import Editor
 
-from bench.datasets.cases import Case, SubjectCases
+from bench.datasets.cases import Case, SubjectCases, paraphrases_of
 from bench.methods import Method, edited, methods_of
 from bench.metrics import Probe, chat_probe, teacher_forced
 from bench.output import emit
@@ -105,7 +105,7 @@ def evaluate(
     for i, subject in enumerate(subjects):
         probes = probes_of(editor.tokenizer, subject, subjects[i - 1].name)
         for name, method in methods.items():
-            with edited(editor, method, [subject.edits], 0):
+            with edited(editor, method, [subject.edits], 0, paraphrases_of(subject)):
                 means = {
                     situation: fmean(outcome.success for outcome in teacher_forced(editor.model, editor.tokenizer, some))
                     for situation, some in probes.items()

@@ -146,6 +146,8 @@ def suffix_tokens(editor, edits, recipe) -> tuple[int, int]:
     from rose_engine.edits import group_by_subject
     from rose_engine.optimize import subject_rows
 
+    if recipe.rewordings:  # those of the edits, which are in the weights
+        edits = editor.reword(edits, count=recipe.rewordings)
     plans = [subject_rows(editor.decoder, editor.tokenizer, s, recipe) for s in group_by_subject(edits)]
     return sum(p.suffix_tokens for p in plans), sum(1 + sum(len(r.tokens) - r.target for r in p.facts) for p in plans)
 

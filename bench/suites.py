@@ -21,7 +21,7 @@ from rose_engine import Delta, Editor
 
 from bench.ability import ability, fluency, predictions
 from bench.datasets import load, locomo
-from bench.datasets.cases import SubjectCases
+from bench.datasets.cases import SubjectCases, paraphrases_of
 from bench.methods import Method, apply, edited
 from bench.metrics import Probe, generate, token_f1
 from bench.quality import METRICS, probes_of, read, score
@@ -90,7 +90,7 @@ def alone(job: Job, asked: Sequence[str] = METRICS) -> Iterator[Cell]:
 
                 def run(subject=subject, probes=probes, unedited=unedited, method=method, seed=seed) -> dict[str, Any]:
                     before, base = unedited(), job.predictions
-                    with edited(editor, method, [subject.edits], seed) as cost:
+                    with edited(editor, method, [subject.edits], seed, paraphrases_of(subject)) as cost:
                         scores = score(editor, probes(), before)
                         values = {metric: rounded(some) for metric, some in scores.values.items()} | general(
                             job, base, chain(*scores.answers.values())
@@ -130,7 +130,8 @@ def sequence(job: Job) -> Iterator[Cell]:
                     try:
                         if kept:
                             _go_on(job, method, subjects, seed, folder)
-                        with edited(editor, Method() if kept else method, [subject.edits for subject in subjects], seed) as cost:
+                        batches = [subject.edits for subject in subjects]
+                        with edited(editor, Method() if kept else method, batches, seed, paraphrases_of(*subjects)) as cost:
                             for asked, was in zip(probes[:count], before, strict=True):
                                 scores = score(editor, asked(), was)
                                 answers += chain(*scores.answers.values())
@@ -155,7 +156,7 @@ def _go_on(job: Job, method: Method, subjects: Sequence[SubjectCases], seed: int
     job.editor.restore(deltas)
     for number in range(done, len(subjects)):
         first = len(job.editor.applied)
-        apply(job.editor, method, subjects[number].edits, seed)
+        apply(job.editor, method, subjects[number].edits, seed, paraphrases_of(*subjects))
         for i, delta in enumerate(job.editor.applied[first:]):
             delta.save(path(number) / f"{i:04d}.safetensors")
         (path(number) / "done").touch()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rose_engine.edits import Edit
+from rose_engine.edits import SLOT, Edit
 
 # The wrappers in which questions are asked where a data set brings none: (system message, text before and after the question).
 INSTRUCTIONS = (
@@ -49,6 +49,11 @@ class Dataset:
 
     subjects: tuple[SubjectCases, ...]
     instructions: tuple[tuple[str, str, str], ...] = INSTRUCTIONS
+
+
+def paraphrases_of(*subjects: SubjectCases) -> set[str]:
+    """The prompts with which the subjects are evaluated, `{}` in the subject's place."""
+    return {text.replace(subject.name, SLOT) for subject in subjects for case in subject.cases for text in case.paraphrases}
 
 
 def texts(value: object, what: str) -> tuple[str, ...]:

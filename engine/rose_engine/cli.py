@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from rose_engine.terminal import duration, errors, print_certificate, print_inspection, print_report, progress_on_terminal
+from rose_engine.terminal import duration, errors, print_certificate, print_inspection, print_report, print_rewordings, progress_on_terminal
 
 app = typer.Typer(
     help="Edit facts inside causal language models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -27,6 +28,9 @@ app = typer.Typer(
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hugging Face id, local folder, or smollm2 (embedded).")]
 EditsOption = Annotated[str, typer.Option("--edits", "-e", help="JSONL, JSON or CSV file of edits; - reads standard input.")]
+RewordingsOption = Annotated[
+    int | None, typer.Option(min=0, help="Other statements that the model writes for a prompt; 0 is none. Default: the recipe's.")
+]
 FormatOption = Annotated[str | None, typer.Option(help="jsonl, json or csv; default: by the file's name.")]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16", "auto"] | None,
@@ -38,7 +42,7 @@ OthersOption = Annotated[
 ]
 
 
-def load_editor(model: str, dtype: str | None, device: str):
+def load_editor(model: str, dtype: str | None, device: str, rewordings: int | None = None):
     """The editor of a model, said on standard error. The kernels are built before, if need be, so that no edit waits for a compiler."""
     from rose_engine.editor import Editor
     from rose_kernels.backend import serving
@@ -47,7 +51,10 @@ def load_editor(model: str, dtype: str | None, device: str):
         raise RuntimeError("the command line is one process's; docs/how-to.md has a program for several ranks")
     serving(device, "rank_update_")
     errors.print(f"loading {model}", markup=False)
-    return Editor.from_pretrained(model, dtype=dtype, device=device)
+    editor = Editor.from_pretrained(model, dtype=dtype, device=device)
+    if rewordings is not None:
+        editor.recipe = replace(editor.recipe, rewordings=rewordings)
+    return editor
 
 
 @contextmanager
@@ -77,6 +84,7 @@ def edit(
     factors: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the delta's file; bfloat16 halves it, rounded.")] = "float32",
     certify: Annotated[bool, typer.Option(help="Measure the edit's geometry and keep the certificate in the delta.")] = False,
     others: OthersOption = None,
+    rewordings: RewordingsOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
@@ -91,11 +99,12 @@ def edit(
     if out.exists() and not out.is_dir():  # said before minutes of work, not after
         raise EditError("is not a directory", str(out))
     names = _names(others)
-    editor = load_editor(model, dtype, device)
+    editor = load_editor(model, dtype, device, rewordings)
     with progress_on_terminal("optimising") as progress:
         result = editor.apply(facts, certify=certify, others=names, progress=progress)
     result.delta.save(out / "delta.safetensors", getattr(torch, factors))
     record = {"seconds": result.seconds, "steps": result.steps, "loss": result.loss, **result.report.as_dict()}
+    record["rewordings"] = result.delta.metadata["rewordings"]
     if result.certificate:
         record["certificate"] = result.certificate.as_dict()
     with replacing(out / "report.json") as temporary:
@@ -104,6 +113,7 @@ def edit(
         print(json.dumps(record, ensure_ascii=False))
         return
     print_report(result.report)
+    print_rewordings(record["rewordings"])
     if result.certificate:
         print_certificate(result.certificate)
     errors.print(f"{sum(result.seconds.values()):.1f} s; wrote {out / 'delta.safetensors'}", markup=False)
@@ -135,8 +145,7 @@ def reword(
     reworded = load_editor(model, dtype, device).reword(facts, count=count, seed=seed)
     with replacing(out) as temporary:
         temporary.write_text("".join(json.dumps(edit.as_dict(), ensure_ascii=False) + "\n" for edit in reworded), "utf-8")
-    for prompt, others in {edit.prompt: edit.rewordings for edit in reworded}.items():
-        print(f"{prompt}: {'; '.join(others) or 'no other words found'}")
+    print_rewordings({edit.prompt: edit.rewordings for edit in reworded})
 
 
 LedgerArgument = Annotated[Path, typer.Argument(help="Directory of the ledger.")]
@@ -153,13 +162,14 @@ def stream(
     require_success: Annotated[bool, typer.Option(help="Take back, alone, each fact that the model does not say afterwards.")] = False,
     require_certificate: Annotated[bool, typer.Option(help="Take back each subject whose deviation exceeds its tolerance radius.")] = False,
     max_wait: Annotated[float | None, typer.Option(help="Seconds that a begun batch waits for more lines. Default: without end.")] = None,
+    rewordings: RewordingsOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Apply edits batch by batch and commit each batch; started again, it goes on after the last commit."""
     from rose_engine.stream import stream as run
 
-    editor = load_editor(model, dtype, device)
+    editor = load_editor(model, dtype, device, rewordings)
     began, done, total = time.perf_counter(), 0, None
     with ExitStack() as stack:
         if edits == "-":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rose_engine.delta import Delta, DeltaError, base_records
-from rose_engine.memory import facts_in, latest, latest_columns
+from rose_engine.memory import facts_in, latest, latest_columns, rewordings_in
 
 Factors = tuple[Tensor, Tensor]
 
@@ -64,6 +64,7 @@ def combined(deltas: Sequence[Delta], tolerance: float = 1e-6) -> tuple[Delta, f
         "parent": None,
         "below": 0,
         "edits": [edit.as_dict() for edit in latest(facts_in(deltas))],
+        "rewordings": rewordings_in(deltas),
         "subjects": list(place),
         "columns": [place[owner] for owner in owners],
         "report": None,

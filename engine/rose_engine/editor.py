@@ -30,9 +30,9 @@ from rose_engine.dtype import dtype_of
 from rose_engine.edits import Edit, EditError, Subject, check_consistent, group_by_fact, group_by_subject
 from rose_engine.forms import Row, bystander_rows, chat_parts
 from rose_engine.geometry import State
-from rose_engine.memory import Memory, facts_in, latest, with_earlier
+from rose_engine.memory import Memory, facts_in, latest, rewordings_in, with_earlier, written_in
 from rose_engine.optimize import Progress, Values, optimize_values, subject_rows
-from rose_engine.parallel import optimize_spread
+from rose_engine.parallel import of_the_first, optimize_spread
 from rose_engine.precondition import Preconditioner, preconditioner
 from rose_engine.readings import Readings
 from rose_engine.recipe import ROSE, Recipe, preset
@@ -173,7 +173,13 @@ class Editor:
         names = [subject.name for subject in subjects]
         clock = _Clock()
         recipe = self.prepare(recipe)
-        plans = [subject_rows(self.decoder, self.tokenizer, subject, recipe) for subject in subjects]
+        known = [edit for subject in subjects for edit in subject.edits]
+        told = self.reword(known, count=recipe.rewordings, seed=recipe.seed) if recipe.rewordings else known
+        of_each = iter(told)
+        plans = [
+            subject_rows(self.decoder, self.tokenizer, replace(subject, edits=tuple(next(of_each) for _ in subject.edits)), recipe)
+            for subject in subjects
+        ]
         clock("prepare")
         before = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
         clock("verify")
@@ -185,7 +191,6 @@ class Editor:
                 f"the values are of {len(values.delta)} subjects and {len(values.wanted)} rows, not {len(subjects)} and {len(rows)}"
             )
         owner = [s for s, plan in enumerate(plans) for _ in plan.facts]
-        known = [edit for subject in subjects for edit in subject.edits]
         if certify:  # a subject that is edited again with all its facts, and against the unedited model
             seen = observation(self.tokenizer, known, others, recipe.layers, self.decoder.max_length)
             with self._unedited():
@@ -205,6 +210,7 @@ class Editor:
                 "parent": state_id(self._applied),
                 "below": len(self._applied),
                 "edits": [edit.as_dict() for edit in edits],
+                "rewordings": written_in(known, told) if recipe.rewordings else {},
                 "subjects": names,
                 "columns": written.columns,
                 "recipe": recipe.as_dict(),
@@ -223,12 +229,18 @@ class Editor:
         log.info("applied %d edits of %d subjects in %.2f s", len(edits), len(subjects), sum(clock.seconds.values()))
         return Result(delta, report, certificate, clock.seconds, values)
 
-    def reword(self, edits: Iterable[Edit], *, count: int = 2, seed: int = 0) -> list[Edit]:
-        """The edits with up to `count` rewordings of each prompt, written by the unedited model and drawn with `seed`; those that bring
-        their own keep them (`rewording`). What it writes is worth a look. ValueError where the weights are spread over ranks."""
-        self._need_whole("rewording")
+    def reword(self, edits: Iterable[Edit], *, count: int = 2, seed: int = 0, without: Iterable[str] = ()) -> list[Edit]:
+        """The edits with up to `count` rewordings of each prompt: their own, those that an edit in the weights has for the same prompt, or
+        such as the unedited model writes, drawn with `seed` (`rewording`). `apply` does so with its recipe's number.
+
+        without: prompts that none may say, such as those that are kept for measuring.
+        """
+        edits, known = list(edits), rewordings_in(self._applied)
+        if all(edit.rewordings or edit.texts[0] in known for edit in edits):
+            return reword(self.decoder, self.tokenizer, edits, count, seed, known, without)
         with self._unedited():
-            return reword(self.decoder, self.tokenizer, list(edits), count, seed)
+            told = reword(self.decoder, self.tokenizer, edits, count, seed, known, without)
+        return told if self._group is None and self.decoder.sharding is None else of_the_first(told)
 
     def load(self, delta: Delta) -> None:
         """Write a delta, as made by `apply`, into the model: the same bits. DeltaError where it belongs to another base, or was made

@@ -23,6 +23,21 @@ def facts_in(deltas: Sequence[Delta]) -> list[Edit]:
     return [edit_of(record, f"delta {delta.id[:8]}") for delta in deltas for record in delta.metadata["edits"]]
 
 
+def written_in(edits: Sequence[Edit], told: Sequence[Edit]) -> dict[str, list[str]]:
+    """The rewordings that were written for prompts of edits which bring none, by prompt; `told`: the edits with them."""
+    return {edit.texts[0]: list(said.rewordings) for edit, said in zip(edits, told, strict=True) if not edit.rewordings}
+
+
+def rewordings_in(deltas: Sequence[Delta]) -> dict[str, list[str]]:
+    """The rewordings of prompts that the deltas' edits brought or the model wrote for them; a prompt's first ones count."""
+    known: dict[str, list[str]] = {}
+    for delta in deltas:
+        brought = {edit.texts[0]: edit.rewordings for edit in facts_in([delta]) if edit.rewordings}
+        for prompt, texts in (brought | delta.metadata.get("rewordings", {})).items():
+            known.setdefault(prompt, list(texts))
+    return known
+
+
 def latest(edits: Iterable[Edit]) -> list[Edit]:
     """Of edits of one subject that share a prompt or a rewording those with the last one's target, each once, with all its rewordings;
     white space around texts does not count."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,13 @@ def join(device: str | torch.device = "cpu", tensor_parallel: int = 1, timeout: 
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
     return init_device_mesh(kind, (world // tensor_parallel, tensor_parallel), mesh_dim_names=("subjects", "weights"))
+
+
+def of_the_first(value: Any) -> Any:
+    """What the first rank has, on every rank: for what ranks find out by themselves and must agree on."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def leads() -> bool:

@@ -18,7 +18,8 @@ class Recipe:
 
     grouping: one value for all facts of a "subject", or one for each "fact". texts: "forms" renders every fact in `forms` linguistic
     forms; "paper_forms" in such as name the subject before its relation; "prefixes" takes the prompt alone and after each of `prefixes`,
-    sentences that are sampled from the model with `seed` where none are given. steps, lr: Adam's. weight_decay (wd), kl: the
+    sentences that are sampled from the model with `seed` where none are given. rewordings: how many other statements the unedited model
+    writes, with `seed`, for a prompt that brings none (`rewording`); 0 is none. steps, lr: Adam's. weight_decay (wd), kl: the
     regularisers' weights. clamp (c): the value stays within clamp * ||v0|| of v0. stop_loss: a subject leaves once the mean of its
     relations' losses is below; 0 keeps it to the last step. noise: at every step each row's delta is disturbed by this share of its length
     in a Gaussian direction of its own, drawn with `seed`, so that what is found stays good around itself; 0 is none.
@@ -35,6 +36,7 @@ class Recipe:
     texts: Literal["forms", "paper_forms", "prefixes"] = "forms"
     forms: int = 8
     prefixes: tuple[str, ...] = ()
+    rewordings: int = 2
     steps: int = 80
     lr: float = 0.5
     weight_decay: float = 0.5
@@ -64,7 +66,7 @@ class Recipe:
         for name in ("steps", "lr", "clamp", "ridge", "covariance_weight", "null_threshold", "corpus_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, given {getattr(self, name)}")
-        for name in ("weight_decay", "kl", "stop_loss", "noise", "bystanders"):
+        for name in ("weight_decay", "kl", "stop_loss", "noise", "bystanders", "rewordings"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, given {getattr(self, name)}")
 
@@ -79,7 +81,7 @@ class Recipe:
 
 
 ROSE = Recipe()
-ROSE_PAPER = replace(ROSE, name="rose_paper", texts="paper_forms", steps=35, noise=0.0)
+ROSE_PAPER = replace(ROSE, name="rose_paper", texts="paper_forms", rewordings=0, steps=35, noise=0.0)
 # method.md section 3. The published methods that the engine can express, all with MEMIT-Merge's optimisation, which is that of the paper's
 # RoSE too (Appendix D.3), so that they differ in what section 3 names alone.
 MEMIT_MERGE = replace(ROSE_PAPER, name="memit_merge", texts="prefixes", columns="mean", preconditioner="covariance", sequential="plain")

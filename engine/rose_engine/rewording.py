@@ -1,16 +1,18 @@
 """Rewordings: the prompts of edits in other words, written by the unedited model itself.
 
 A value that was optimised in the words of a prompt is not always found by others that mean the same (docs/value-generalisation.md). The
-model reads pairs of sentence beginnings that mean the same, then the prompt with its subject, and writes what stands beside it. Of many
-such draws those are kept that bring a word of their own, leave one of the prompt's out, and after which the model goes on most nearly as
-after the prompt: by the Jensen-Shannon divergence of the next token, mean over the subject and a few other names.
+model reads pairs of sentence beginnings that mean the same, then the prompt with its subject, and writes what stands beside it, many
+times. Of those that say the relation first it is the one written most often that means the same most surely; of those that begin with
+the subject the one after which the model goes on most nearly as after the prompt: by the Jensen-Shannon divergence of the next token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -33,47 +35,68 @@ EXAMPLES = (
     ("The owner of {} is", "{} belongs to"),
     ("{} is made of", "The material of {} is"),
 )
-DRAWS = (24, 16, 24)  # free ones, such as begin with "The", such as begin with the subject
+# Words that alone say nothing of a relation.
+FUNCTION_WORDS = {"a", "an", "the", "is", "are", "was", "were", "has", "had", "of", "in", "by", "on", "at", "to", "that", "which", "who"}
+DRAWS = 24  # such as begin with "The", and as many that begin with the subject
 TOKENS = 14  # of a rewording, at most
-NAMES = BYSTANDERS[:3]  # a person, a country, a company
-FARTHEST = 0.4  # divergence, of at most log 2, beyond which a candidate means something else
+TEMPERATURE = 0.7
+NAME = BYSTANDERS[0]  # beside the subject in measuring how near two prompts are
+FARTHEST = 0.4  # divergence, of at most log 2, beyond which a candidate that begins with the subject means something else
 
 
 @torch.no_grad()
-def reword(decoder: Decoder, tokenizer: Any, edits: Sequence[Edit], count: int, seed: int = 0) -> list[Edit]:
-    """The edits, those without rewordings with at most `count` of them, the nearest first; none where none was found.
+def reword(
+    decoder: Decoder,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    count: int,
+    seed: int = 0,
+    known: Mapping[str, Sequence[str]] | None = None,
+    without: Iterable[str] = (),
+) -> list[Edit]:
+    """The edits, those without rewordings with at most `count` of them, the best first; none where none was found.
 
-    A prompt is reworded once, with the subject of the first edit that has it: some 20 s each for the embedded model on two cores.
+    A prompt is reworded once, with the subject of the first edit that has it, or not at all where `known` has its rewordings. Two prompts
+    are given no text in common, and none is given one of `without`, in capitals or not.
     """
-    found: dict[str, tuple[str, ...]] = {}
-    taken = {text for edit in edits for text in edit.texts}  # two facts of one subject must not say the same
+    found = {prompt: tuple(texts) for prompt, texts in (known or {}).items()}
+    said = {text for edit in edits for text in edit.texts}
+    taken = {text.casefold() for texts in (said, without, *found.values()) for text in texts}
     for edit in edits:
-        if not edit.rewordings and edit.prompt not in found:
-            found[edit.prompt] = tuple(text for text in _nearest(decoder, tokenizer, edit, seed) if text not in taken)[:count]
-            taken.update(found[edit.prompt])
-    return [edit if edit.rewordings else replace(edit, rewordings=found[edit.prompt]) for edit in edits]
+        prompt = edit.texts[0]
+        if not edit.rewordings and prompt not in found:
+            found[prompt] = tuple(_found(decoder, tokenizer, edit, seed, taken)[:count])
+            taken.update(text.casefold() for text in found[prompt])
+    return [
+        edit if edit.rewordings else replace(edit, rewordings=tuple(text for text in found[edit.texts[0]] if text not in said))
+        for edit in edits
+    ]
 
 
-def _nearest(decoder: Decoder, tokenizer: Any, edit: Edit, seed: int) -> tuple[str, ...]:
-    """All rewordings that were found for an edit's prompt, the nearest first."""
-    name, prompt = edit.subject.strip(), edit.prompt.strip()
+def _found(decoder: Decoder, tokenizer: Any, edit: Edit, seed: int, taken: Collection[str]) -> list[str]:
+    """All rewordings that were found for an edit's prompt, in turn one that says the relation first and one that begins with the subject,
+    the best of each first."""
+    name, prompt = edit.subject.strip(), edit.texts[0]
     head = "".join(f"{given} = {other}\n".replace(SLOT, name) for given, other in EXAMPLES)
-    begun = [lead for lead, draws in zip(("", " The", f" {name}"), DRAWS, strict=True) for _ in range(draws)]
+    begun = [lead for lead in (" The", f" {name}") for _ in range(DRAWS)]
     openings = [f"{prompt.replace(SLOT, name)} ={lead}" for lead in begun]
-    lines = sample_lines(decoder.model, tokenizer, head, openings, TOKENS, seed)
+    lines = sample_lines(decoder, tokenizer, head, openings, TOKENS, seed, TEMPERATURE)
     said = [(lead + line).strip() for lead, line in zip(begun, lines, strict=True) if line is not None]
-    candidates = candidates_of(prompt, [line.replace(name, SLOT) for line in said if SLOT not in line])
-    if not candidates:
-        return ()
-    far = divergence(decoder, tokenizer, prompt, candidates, [name, *NAMES]).tolist()
-    return tuple(candidate for distance, candidate in sorted(zip(far, candidates, strict=True)) if distance <= FARTHEST)
+    written = Counter(line[0].upper() + line[1:] for line in (line.replace(name, SLOT) for line in said if SLOT not in line) if line)
+    candidates = [text for text in candidates_of(prompt, written) if text.casefold() not in taken]
+    turned = [text for text, times in written.most_common() if times > 1 and text in candidates and not text.startswith(SLOT)]
+    plain = [text for text in candidates if text.startswith(SLOT)]
+    far = divergence(decoder, tokenizer, prompt, plain, [name, NAME]).tolist() if plain else []
+    near = [text for distance, text in sorted(zip(far, plain, strict=True)) if distance <= FARTHEST]
+    return [text for pair in zip_longest(turned, near) for text in pair if text]
 
 
-def candidates_of(prompt: str, lines: Sequence[str]) -> list[str]:
-    """Of what was written what may be a prompt: it names the subject once, brings a word of its own, and leaves out one of the prompt's."""
-    own = _words(prompt)
-    said = dict.fromkeys(line for line in lines if line.count(SLOT) == 1)
-    return [line for line in said if not own <= _words(line) and not _words(line) <= own]
+def candidates_of(prompt: str, lines: Iterable[str]) -> list[str]:
+    """Of what was written what may be a prompt: it names the subject once, brings a word of its own and leaves out one of the prompt's,
+    has more than function words, and is none of the examples."""
+    own, examples = _words(prompt), {text for pair in EXAMPLES for text in pair}
+    said = dict.fromkeys(line for line in lines if line.count(SLOT) == 1 and line not in examples)
+    return [line for line in said if not own <= _words(line) and not _words(line) <= own and not _words(line) <= FUNCTION_WORDS]
 
 
 def _words(text: str) -> set[str]:

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+
+from rose_engine.architecture import Decoder
+from rose_engine.attention import GrowingAttention, TreeAttention
+from rose_engine.forward import logits, run_layers, tree_on
 
 # What sampled texts begin with; common first words, so that what follows is of many kinds.
 OPENINGS = ("The", "In", "A", "It", "He", "She", "This", "When", "One", "During", "There", "We", "If", "On", "At", "For", "What", "\n")
@@ -20,36 +23,26 @@ PREFIX_OPENINGS = ("The", "Therefore", "Because", "I", "You")
 TEXT_TOKENS = 192
 PREFIX_TOKENS = 10
 TEXTS_AT_ONCE = 90
+# Lines that are drawn at one time, and the tokens of which each one's next is drawn.
+LINES_AT_ONCE = 64
+LINE_TOP_K = 50
 
 
 @torch.no_grad()
-def _drawn(
-    model: PreTrainedModel, opened: list[list[int]], tokens: int, seed: int, pad: int, head: Sequence[int] = (), **options: Any
-) -> Tensor:
-    """What is drawn [len(opened), at most `tokens`] after each opening, before which `head` stands, run once for all.
-
-    options: GenerationConfig's, with eos_token_id; what follows an end is padding.
-    """
-    width = max(map(len, opened))
-    on = lambda rows: torch.tensor(rows, device=model.device)  # noqa: E731
-    ids = on([[*head, *[pad] * (width - len(o)), *o] for o in opened])
-    given = {"attention_mask": on([[1] * len(head) + [0] * (width - len(o)) + [1] * len(o) for o in opened])}
-    if head:
-        given["past_key_values"] = model(input_ids=on([list(head)]), use_cache=True).past_key_values
-        given["past_key_values"].batch_repeat_interleave(len(opened))
-    # A configuration of its own: what a checkpoint brings along (a repetition penalty, a temperature) is not the model's distribution.
-    settings = GenerationConfig(max_new_tokens=tokens, do_sample=True, pad_token_id=pad, **options)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        return model.generate(input_ids=ids, generation_config=settings, **given)[:, ids.shape[1] :]
-
-
 def _sampled(model: PreTrainedModel, tokenizer: Any, openings: list[str], tokens: int, seed: int, **options: Any) -> list[list[int]]:
     """A continuation of each opening, as tokens with it, cut at the end of the text."""
     opened = [tokenizer(opening)["input_ids"] for opening in openings]
+    width = max(map(len, opened))
     end = tokenizer.eos_token_id
-    said = _drawn(model, opened, tokens, seed, end if end is not None else tokenizer.pad_token_id, eos_token_id=end, **options)
-    texts = [o + row for o, row in zip(opened, said.tolist(), strict=True)]
+    pad = end if end is not None else tokenizer.pad_token_id
+    on = lambda rows: torch.tensor(rows, device=model.device)  # noqa: E731
+    ids, mask = on([[pad] * (width - len(o)) + o for o in opened]), on([[0] * (width - len(o)) + [1] * len(o) for o in opened])
+    # A configuration of its own: what a checkpoint brings along (a repetition penalty, a temperature) is not the model's distribution.
+    settings = GenerationConfig(max_new_tokens=tokens, do_sample=True, pad_token_id=pad, eos_token_id=end, **options)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        said = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    texts = [o + row for o, row in zip(opened, said[:, width:].tolist(), strict=True)]
     return [text[: text.index(end, len(o))] if end in text[len(o) :] else text for o, text in zip(opened, texts, strict=True)]
 
 
@@ -70,14 +63,40 @@ def sample_prefixes(model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> tu
     return tuple(f"{tokenizer.decode(text, skip_special_tokens=True).strip()}. " for text in said)
 
 
+@torch.no_grad()
 def sample_lines(
-    model: PreTrainedModel, tokenizer: Any, head: str, openings: Sequence[str], tokens: int, seed: int = 0
+    decoder: Decoder, tokenizer: Any, head: str, openings: Sequence[str], tokens: int, seed: int = 0, temperature: float = 1.0
 ) -> list[str | None]:
     """A continuation of each opening up to the end of its line, without the opening and the line's end; None where the line did not end
-    within `tokens` tokens. The text `head` stands before every opening."""
-    opened = [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
-    ends = {tokenizer("\n", add_special_tokens=False)["input_ids"][-1], tokenizer.eos_token_id} - {None}
-    options = {"eos_token_id": [*ends], "top_k": 0, "top_p": 0.95}
-    said = _drawn(model, opened, tokens, seed, min(ends), tokenizer(head)["input_ids"], **options)
-    lines = [tokenizer.decode(row, skip_special_tokens=True) for row in said]
-    return [line.split("\n")[0] if "\n" in line else None for line in lines]
+    within `tokens` tokens. The text `head` stands before every opening. Drawn from the `LINE_TOP_K` likeliest tokens."""
+    device = decoder.embedding.weight.device
+    first = tokenizer(head)["input_ids"]
+    tree = tree_on([first + tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings], device)
+    layers, nodes = range(len(decoder.layers)), torch.arange(len(tree.token), device=device)
+    past = TreeAttention(tree, nodes, keep=layers)
+    hidden = run_layers(decoder, decoder.embed(tree.token, tree.position), tree.position, layers, past)
+    ends = torch.tensor([*{tokenizer("\n", add_special_tokens=False)["input_ids"][-1], tokenizer.eos_token_id} - {None}], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    lines: list[str | None] = []
+    for i in range(0, len(openings), LINES_AT_ONCE):
+        last = torch.tensor([path[-1] for path in tree.path[i : i + LINES_AT_ONCE]], device=device)
+        top, position, rows = hidden[last], tree.position[last], torch.arange(len(last), device=device)
+        seen = (nodes <= last[:, None]) & (last[:, None] < tree.end)
+        said: list[list[int]] = [[] for _ in last]
+        growing = GrowingAttention(past)
+        for _ in range(tokens):
+            best = logits(decoder, top).topk(LINE_TOP_K)
+            token = best.indices.gather(1, (best.values / temperature).softmax(-1).multinomial(1, generator=generator))[:, 0]
+            for row, t in zip(rows.tolist(), token.tolist(), strict=True):
+                said[row].append(t)
+            stay = ~torch.isin(token, ends)
+            if not stay.any():
+                break
+            rows, token, position = rows[stay], token[stay], position[stay] + 1
+            seen = torch.cat([seen[stay], torch.eye(len(rows), dtype=torch.bool, device=device)], dim=1)
+            growing.seen = seen
+            top = run_layers(decoder, decoder.embed(token, position), position, layers, growing)
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in said]
+        lines += [text.split("\n")[0] if "\n" in text else None for text in texts]
+    return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,12 @@ def print_report(report: Report) -> None:
     console.print(table)
     stayed = sum(u.stayed for u in report.unrelated)
     console.print(f"unrelated prompts that kept their answer: {stayed} of {len(report.unrelated)}")
+
+
+def print_rewordings(rewordings: Mapping[str, Sequence[str]]) -> None:
+    """What else each prompt was said as, a line each on standard output."""
+    for prompt, others in rewordings.items():
+        print(f"{prompt} = {'; '.join(others) or 'no other words found'}")
 
 
 def print_certificate(certificate: Certificate) -> None:

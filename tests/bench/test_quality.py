@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rose_engine import ROSE, EditError, Editor
+from rose_engine import ROSE, EditError, Editor, rewording
 
 from bench.datasets import load
-from bench.datasets.cases import DataError
-from bench.methods import methods_of
+from bench.datasets.cases import DataError, paraphrases_of
+from bench.methods import edited, methods_of
 from bench.metrics import Probe, chat_probe, contains, generate, normalise, plain_probe, teacher_forced
-from bench.quality import METRICS, evaluate, percent, reworded
+from bench.quality import METRICS, evaluate, percent, standard_errors
 
 RECORD = {
     "subjectID": 1,
@@ -63,16 +63,18 @@ def test_reader_names_file_and_record(path, break_it, message):
     assert str(error.value).startswith(str(path))
 
 
-def test_rewordings_that_the_evaluation_asks_are_left_out(path):
-    class Writer:
-        def reword(self, edits, count):
-            texts = ("the religion of {} is", "{} believes in", "{} prays as they do in")
-            return [replace(edit, rewordings=texts[:count]) for edit in edits]
+def test_no_rewording_says_what_the_evaluation_asks(path, make_model, tokenizer, monkeypatch):
+    def lines(decoder, tokenizer, head, openings, *rest):
+        return [" religion of Lin Nu is" if opening.endswith("The") else " believes in" for opening in openings]
 
-    data = load(path)
-    (subject,) = reworded(Writer(), data, 2).subjects
-    assert subject.edits == [replace(data.subjects[0].edits[0], rewordings=("{} believes in",))]
-    assert subject.cases[0].paraphrases == data.subjects[0].cases[0].paraphrases
+    monkeypatch.setattr(rewording, "sample_lines", lines)
+    monkeypatch.setattr(rewording, "FARTHEST", 1.0)
+    editor, subject = Editor(make_model(), tokenizer, replace(ROSE, layers=(1, 2), steps=2)), load(path).subjects[0]
+    (method,) = methods_of("rose", editor).values()
+    for without, told in ((paraphrases_of(subject), ["{} believes in"]), ((), ["The religion of {} is", "{} believes in"])):
+        with edited(editor, method, [subject.edits], 0, without):
+            (delta,) = editor.applied
+            assert delta.metadata["edits"] == [replace(subject.edits[0], rewordings=told).as_dict()] and not delta.metadata["rewordings"]
 
 
 def test_a_conversation_without_a_template_is_plain_lines(tokenizer, monkeypatch):
@@ -101,6 +103,12 @@ def test_generation_in_a_padded_batch(smollm2):
 def test_answers_are_compared_normalised():
     assert normalise("The  Cat, an Answer!") == "cat answer"
     assert contains("It is the Merthyr Tydfil, County.", "merthyr tydfil county") and not contains("It is 48.2", "8")
+
+
+def test_standard_errors_are_over_subjects():
+    shares = torch.rand(7, dtype=torch.float64)
+    found = standard_errors({"rose": {"efficacy": shares.tolist(), "paraphrase": [1.0], "locality": []}})
+    assert found == {"rose": {"efficacy": round(float(100 * shares.std() / 7**0.5), 2)}}
 
 
 def test_evaluation_edits_and_restores(path, make_model, tokenizer):

@@ -6,8 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
-from rose_engine import Edit, Editor, rewording
+from rose_engine import Edit, Editor, rewording, sample
 from rose_engine.architecture import decoder_of
+from rose_engine.delta import Delta, DeltaError
 from rose_engine.rewording import candidates_of, divergence
 from rose_engine.sample import sample_lines
 
@@ -15,15 +16,16 @@ from tests.engine.test_cli import rose
 from tests.engine.test_editor import TINY
 
 
-def test_lines_follow_their_opening(make_model, tokenizer):
-    """A model that is sure of itself draws what it would say greedily, head and opening read without padding and without a cache."""
+def test_lines_follow_their_opening(make_model, tokenizer, monkeypatch):
+    """A model that is sure of itself draws what it would say greedily, head and opening read alone and without a cache."""
     model = make_model(initializer_range=1.0).requires_grad_(False)
     words = tokenizer("\n is the a of in tea", add_special_tokens=False)["input_ids"]  # all that it ever says
     known = torch.zeros(len(tokenizer), 1).index_fill_(0, torch.tensor(words), 30.0)
     model.lm_head.weight *= known
     head = "Peru is = Peru was\n"
     openings = [f"{said} =" for said in ("Lin Nu follows the religion of", "tea", "What is told of Siemens is", "the", "of the", "in a")]
-    lines = sample_lines(model, tokenizer, head, openings, 12)
+    monkeypatch.setattr(sample, "LINES_AT_ONCE", 4)
+    lines = sample_lines(decoder_of(model), tokenizer, head, openings, 12)
     assert any(lines) and None in lines
     for opening, line in zip(openings, lines, strict=True):
         ids = tokenizer(head)["input_ids"] + tokenizer(opening, add_special_tokens=False)["input_ids"]
@@ -35,16 +37,16 @@ def test_lines_follow_their_opening(make_model, tokenizer):
 
 
 def test_a_line_that_does_not_end_is_none(make_model, tokenizer):
-    model, newline = make_model(), tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    decoder, newline = decoder_of(make_model().requires_grad_(False)), tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
 
     def forced(token):
-        logits = torch.zeros(len(tokenizer)).index_fill_(0, torch.tensor([token]), 99.0)
-        return mock.patch.object(model.lm_head, "forward", lambda x: logits.expand(*x.shape[:2], -1))
+        certain = torch.zeros(len(tokenizer)).index_fill_(0, torch.tensor([token]), 99.0)
+        return mock.patch("rose_engine.sample.logits", lambda decoder, hidden: certain.expand(len(hidden), -1))
 
     with forced(newline):
-        assert sample_lines(model, tokenizer, "a\n", ["b =", "c d ="], 4) == ["", ""]
+        assert sample_lines(decoder, tokenizer, "a\n", ["b =", "c d ="], 4) == ["", ""]
     with forced(newline + 1):
-        assert sample_lines(model, tokenizer, "a\n", ["b =", "c d ="], 4) == [None, None]
+        assert sample_lines(decoder, tokenizer, "a\n", ["b =", "c d ="], 4) == [None, None]
 
 
 def test_what_may_be_a_prompt():
@@ -56,8 +58,9 @@ def test_what_may_be_a_prompt():
         "The seat of {} is",
         "{} is the town of",
         "{} is in",
+        "{} is coloured",
     ]
-    assert candidates_of("The town of {} is", lines) == ["The seat of {} is", "{} has its seat in", "{} is in"]
+    assert candidates_of("The town of {} is", lines) == ["The seat of {} is", "{} has its seat in"]
 
 
 def test_divergence_is_that_of_the_next_token(make_model, tokenizer):
@@ -79,35 +82,86 @@ def test_divergence_is_that_of_the_next_token(make_model, tokenizer):
     assert found[0] > 1e-4 > abs(found[1])
 
 
-def test_the_nearest_are_kept_once_a_prompt_and_read_off_the_unedited_model(make_model, tokenizer, monkeypatch):
+DRAWN = ["Lin Nu resides in", "The home of Lin Nu is", None, "Lin Nu likes {}", "He lives in Rome", "Lin Nu has a house in"]
+PLAIN = ["{} resides in", "{} has a house in"]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The openings of every call, in which the same lines are drawn; one of them only once."""
+    calls = []
+
+    def lines(decoder, tokenizer, head, openings, *rest):
+        calls.append(openings)
+        leads = [opening.rpartition("=")[2].strip() for opening in openings]
+        told = (text if text and text.startswith(lead) else None for lead, text in zip(leads, DRAWN * 11, strict=False))
+        said = [text and text[len(lead) :] for lead, text in zip(leads, told, strict=True)]
+        return ["The house of Lin Nu is", *said[1:]]
+
+    monkeypatch.setattr(rewording, "sample_lines", lines)
+    monkeypatch.setattr(rewording, "FARTHEST", 1.0)
+    return calls
+
+
+def nearest(editor):
+    far = divergence(editor.decoder, editor.tokenizer, "{} lives in", PLAIN, ["Lin Nu", rewording.NAME]).tolist()
+    return [text for _, text in sorted(zip(far, PLAIN, strict=True))]
+
+
+def test_what_is_written_most_often_and_what_is_nearest_are_taken_in_turn(make_model, tokenizer, drawn):
     editor = Editor(make_model(initializer_range=0.3), tokenizer, TINY)
     edits = [
         Edit("Lin Nu", "{} lives in", "Metz"),
         Edit("Imo State", "{} exports", "tea", rewordings=["What {} sells is"]),
-        Edit("Siemens", "{} lives in", "Rome"),
+        Edit("Siemens", " {} lives in", "Rome"),
     ]
-    said = ["Lin Nu resides in", "The home of Lin Nu is", None, "Lin Nu likes {}", "He lives in Rome", "Lin Nu has a house in"]
-    seen = []
-
-    def lines(model, tokenizer, head, openings, tokens, seed):
-        seen.append({name: weight.clone() for name, weight in editor.weights().items()})
-        begun = [opening.rpartition("=")[2] for opening in openings]
-        return [text[len(lead) :] if text and text.startswith(lead.strip()) else None for lead, text in zip(begun, said * 11, strict=False)]
-
-    monkeypatch.setattr(rewording, "sample_lines", lines)
-    monkeypatch.setattr(rewording, "FARTHEST", 1.0)
-    base = {name: weight.clone() for name, weight in editor.weights().items()}
-    editor.apply([Edit("Lin Nu", "{} speaks", "Basque")], verify=False)
     first, second, third = editor.reword(edits)
-    assert len(seen) == 1 and all(torch.equal(weight, base[name]) for name, weight in seen[0].items())
-    assert second == edits[1] and first.rewordings == third.rewordings and third == replace(edits[2], rewordings=first.rewordings)
-    kept = ["{} resides in", "The home of {} is", "{} has a house in"]
-    with editor._unedited():
-        far = divergence(editor.decoder, tokenizer, "{} lives in", kept, ["Lin Nu", *rewording.NAMES]).tolist()
-    assert list(first.rewordings) == [text for _, text in sorted(zip(far, kept, strict=True))][:2]
-    assert len(editor.reword(edits[:1], count=3)[0].rewordings) == 3
+    assert len(drawn) == 1 and second == edits[1] and first.rewordings == ("The home of {} is", nearest(editor)[0])
+    assert third == replace(edits[2], rewordings=first.rewordings)
+    assert editor.reword(edits[:1], count=9)[0].rewordings == ("The home of {} is", *nearest(editor))
+    (held_out,) = editor.reword(edits[:1], count=9, without=["the HOME of {} is"])
+    assert held_out.rewordings == tuple(nearest(editor))
     one, two = editor.reword([edits[0], Edit("Lin Nu", "{} speaks", "Basque")], count=2)  # the same lines are drawn for both
     assert len(one.rewordings) == 2 and two.rewordings and not set(two.rewordings) & set(one.rewordings)
+    fact = editor.reword([edits[0], Edit("Lin Nu", "The home of {} is", "Rome")], count=1)[0]
+    assert fact.rewordings == (nearest(editor)[0],)
+
+
+def test_an_edit_is_optimised_in_what_the_unedited_model_wrote_and_tells(make_model, tokenizer, drawn, tmp_path, monkeypatch):
+    editor, recipe = Editor(make_model(initializer_range=0.3), tokenizer, TINY), replace(TINY, rewordings=2)
+    base, seen = {name: weight.clone() for name, weight in editor.weights().items()}, []
+    within = rewording.divergence
+    monkeypatch.setattr(
+        rewording, "divergence", lambda *a: (seen.append({n: w.clone() for n, w in editor.weights().items()}), within(*a))[1]
+    )
+    editor.apply([Edit("Imo State", "{} exports", "tea", rewordings=["What {} sells is"])], recipe=recipe, verify=False)
+    assert not drawn
+    edit = Edit("Lin Nu", "{} lives in", "Metz")
+    result = editor.apply([edit], recipe=recipe, verify=False)
+    assert all(torch.equal(weight, base[name]) for name, weight in seen[0].items())
+    editor.revert(result)
+    (told,) = editor.reword([edit])
+    result.delta.save(tmp_path / "delta.safetensors")
+    delta = Delta.load(tmp_path / "delta.safetensors")
+    assert delta.metadata["rewordings"] == {"{} lives in": list(told.rewordings)} and delta.metadata["edits"] == [edit.as_dict()]
+    again = editor.apply([told], recipe=recipe, verify=False)
+    assert all(torch.equal(x, y) for name in delta.factors for x, y in zip(delta.factors[name], again.delta.factors[name], strict=True))
+
+    times = len(drawn)  # another subject: the delta in the weights has the words
+    (other,) = editor.reword([Edit("Siemens", "{} lives in", "Rome")])
+    assert other.rewordings == told.rewordings and len(drawn) == times
+    editor.restore([editor.applied[0], delta])
+    later = editor.apply([Edit("Siemens", "{} lives in", "Rome")], recipe=recipe, verify=False)
+    assert later.delta.metadata["rewordings"] == {"{} lives in": list(told.rewordings)} and len(drawn) == times
+
+
+def test_a_delta_with_rewordings_that_are_none(make_model, tokenizer, tmp_path):
+    editor = Editor(make_model(), tokenizer, TINY)
+    delta = editor.apply([Edit("Lin Nu", "{} lives in", "Metz")], verify=False).delta
+    for wrong in ([], {"{} lives in": "The home of {} is"}, {"{} lives in": ["The home is"]}, {"{} lives in": [1]}):
+        replace(delta, metadata={**delta.metadata, "rewordings": wrong}).save(tmp_path / "delta.safetensors")
+        with pytest.raises(DeltaError, match="rewording"):
+            Delta.load(tmp_path / "delta.safetensors")
 
 
 def test_the_embedded_model_finds_other_words(tmp_path):
