@@ -9,6 +9,7 @@ the subject the one after which the model goes on most nearly as after the promp
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ EXAMPLES = (
 )
 # Words that alone say nothing of a relation.
 FUNCTION_WORDS = {"a", "an", "the", "is", "are", "was", "were", "has", "had", "of", "in", "by", "on", "at", "to", "that", "which", "who"}
+NAMED = re.compile(rf"(?<!\w){re.escape(SLOT)}(?!\w)")
 DRAWS = 24  # such as begin with "The", and as many that begin with the subject
 TOKENS = 14  # of a rewording, at most
 TEMPERATURE = 0.7
@@ -92,11 +94,15 @@ def _found(decoder: Decoder, tokenizer: Any, edit: Edit, seed: int, taken: Colle
 
 
 def candidates_of(prompt: str, lines: Iterable[str]) -> list[str]:
-    """Of what was written what may be a prompt: it names the subject once, brings a word of its own and leaves out one of the prompt's,
-    has more than function words, and is none of the examples."""
+    """Of what was written what may be a prompt: it names the subject once, as a word of its own, brings a word that the prompt has not and
+    leaves out one that it has, has more than function words and no character that was cut in two, and is none of the examples."""
     own, examples = _words(prompt), {text for pair in EXAMPLES for text in pair}
-    said = dict.fromkeys(line for line in lines if line.count(SLOT) == 1 and line not in examples)
-    return [line for line in said if not own <= _words(line) and not _words(line) <= own and not _words(line) <= FUNCTION_WORDS]
+    said = dict.fromkeys(line for line in lines if len(NAMED.findall(line)) == line.count(SLOT) == 1 and "\ufffd" not in line)
+    return [
+        line
+        for line in said
+        if line not in examples and not own <= (words := _words(line)) and not words <= own and not words <= FUNCTION_WORDS
+    ]
 
 
 def _words(text: str) -> set[str]:

@@ -59,8 +59,12 @@ def test_what_may_be_a_prompt():
         "{} is the town of",
         "{} is in",
         "{} is coloured",
+        "{}a is seated in",
+        "New{} is seated in",
+        "{} sits in Caf\ufffd",
+        "{}'s seat is",
     ]
-    assert candidates_of("The town of {} is", lines) == ["The seat of {} is", "{} has its seat in"]
+    assert candidates_of("The town of {} is", lines) == ["The seat of {} is", "{} has its seat in", "{}'s seat is"]
 
 
 def test_divergence_is_that_of_the_next_token(make_model, tokenizer):
