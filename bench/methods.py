@@ -35,8 +35,8 @@ class Method:
     @property
     def seeded(self) -> bool:
         """Whether another seed gives another result."""
-        sampled = self.recipe and (self.recipe.texts == "prefixes" or self.recipe.preconditioner != "identity" or self.recipe.noise)
-        return self.random or bool(sampled)
+        r = self.recipe
+        return self.random or bool(r and (r.texts == "prefixes" or r.preconditioner != "identity" or r.noise or r.rewordings))
 
 
 def known(editor: Editor) -> dict[str, Method]:

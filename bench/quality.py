@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 
 from rose_engine import Editor
 
@@ -21,6 +21,7 @@ from bench.methods import Method, edited, methods_of
 from bench.metrics import Outcome, Probe, chat_probe, contains, generate, plain_probe, teacher_forced
 from bench.output import emit
 from bench.subjects import note, opened, parser_of
+from bench.tables import error_of_mean
 
 RECALL = ("efficacy", "paraphrase", "instructed")
 LOCALITY = ("locality", "locality_instructed")
@@ -100,10 +101,12 @@ def percent(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, f
 
 def standard_errors(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
     """Standard errors over subjects in percent, where there are two or more."""
-    return {
-        name: {metric: round(100 * stdev(values) / len(values) ** 0.5, 2) for metric, values in metrics.items() if len(values) > 1}
-        for name, metrics in results.items()
-    }
+    errors = {name: {metric: error_of_mean(values) for metric, values in metrics.items()} for name, metrics in results.items()}
+    return {name: {m: round(100 * error, 2) for m, error in of.items() if error is not None} for name, of in errors.items()}
+
+
+def _cell(mean: float | None, error: float | None) -> str:
+    return "" if mean is None else f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,9 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     table, errors = percent(results), standard_errors(results)
     lines = [f"{'':12s}" + "".join(f"{metric:>22s}" for metric in METRICS)]
     for name, means in table.items():
-        cells = (f"{means[m]:.1f} ± {errors[name].get(m, float('nan')):.1f}" if m in means else "" for m in METRICS)
+        cells = (_cell(means.get(metric), errors[name].get(metric)) for metric in METRICS)
         lines.append(f"{name:12s}" + "".join(f"{cell:>22s}" for cell in cells))
-    emit(table | {"standard_error": errors, "by_subject": results}, args.json, "\n".join(lines))
+    every = {name: means | {"standard_error": errors[name], "by_subject": results[name]} for name, means in table.items()}
+    emit(every, args.json, "\n".join(lines))
     return 0
 
 

@@ -7,7 +7,7 @@ the key's fields, `values` (metric -> one number a probe) and what the run cost.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from hashlib import sha256
@@ -116,6 +116,7 @@ def sequence(job: Job) -> Iterator[Cell]:
     probes = [cache(lambda subject=subject: probes_of(editor.tokenizer, subject, data)) for subject in data.subjects]
     unedited = [cache(lambda asked=asked: read(editor, asked())) for asked in probes]
     counts = [count for count in COUNTS if count < len(data.subjects)] + [len(data.subjects)]
+    unseen = paraphrases_of(*data.subjects)  # of all, for words are kept from one subject to the next
     for name, method in job.methods.items():
         for seed in job.seeds_of(method):
             for count in counts:
@@ -129,9 +130,9 @@ def sequence(job: Job) -> Iterator[Cell]:
                     folder = job.out / "sequences" / f"{name.partition('[')[0]}-{sha256(name.encode()).hexdigest()[:12]}.{seed}"
                     try:
                         if kept:
-                            _go_on(job, method, subjects, seed, folder)
+                            _go_on(job, method, subjects, seed, folder, unseen)
                         batches = [subject.edits for subject in subjects]
-                        with edited(editor, Method() if kept else method, batches, seed, paraphrases_of(*subjects)) as cost:
+                        with edited(editor, Method() if kept else method, batches, seed, unseen) as cost:
                             for asked, was in zip(probes[:count], before, strict=True):
                                 scores = score(editor, asked(), was)
                                 answers += chain(*scores.answers.values())
@@ -146,7 +147,7 @@ def sequence(job: Job) -> Iterator[Cell]:
                 yield Cell({"recipe": name, "seed": seed, "count": count}, run)
 
 
-def _go_on(job: Job, method: Method, subjects: Sequence[SubjectCases], seed: int, folder: Path) -> None:
+def _go_on(job: Job, method: Method, subjects: Sequence[SubjectCases], seed: int, folder: Path, without: Collection[str]) -> None:
     """Have the edits of these subjects in the weights, those whose deltas are in the folder by these."""
     path = lambda number: folder / f"{number:04d}"  # noqa: E731
     deltas: list[Delta] = []
@@ -156,7 +157,7 @@ def _go_on(job: Job, method: Method, subjects: Sequence[SubjectCases], seed: int
     job.editor.restore(deltas)
     for number in range(done, len(subjects)):
         first = len(job.editor.applied)
-        apply(job.editor, method, subjects[number].edits, seed, paraphrases_of(*subjects))
+        apply(job.editor, method, subjects[number].edits, seed, without)
         for i, delta in enumerate(job.editor.applied[first:]):
             delta.save(path(number) / f"{i:04d}.safetensors")
         (path(number) / "done").touch()
@@ -236,7 +237,7 @@ SUITES = {
     "instructed": Suite(PAPER, alone, by_subject),
     "declarative": Suite(PAPER, partial(alone, asked=("efficacy", "paraphrase", "locality")), by_subject),
     "ablation": Suite("vanilla,memit_merge,rose_no_iga,rose_no_hki,rose", alone, by_subject),
-    "templates": Suite("vanilla," + ",".join(f"rose[forms={forms}]" for forms in (1, 2, 4, 6, 8)), alone, by_subject),
+    "templates": Suite("vanilla," + ",".join(f"rose[forms={forms};rewordings=0]" for forms in (1, 2, 4, 6, 8)), alone, by_subject),
     "layers": Suite("vanilla," + ",".join(f"rose[layers={first}-{first + 4}]" for first in (2, 4, 6, 8, 12)), alone, by_subject),
     "sequential": Suite("vanilla,alphaedit,wise,grace,rose", sequence, by_count),
     "locomo": Suite("vanilla,memit,alphaedit,memit_merge,rose", conversations, pooled),

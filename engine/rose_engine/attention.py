@@ -1,4 +1,4 @@
-"""Attention over packed tokens, by the library: how the engine's two layouts reach the model's own attention layers.
+"""Attention over packed tokens, by the library: how the engine's layouts reach the model's own attention layers.
 
 transformers' `AttentionInterface` lets a decoder layer call a function of ours in place of its attention core; the layer's attention mask
 reaches it in every family, and so the layout travels as the mask. Three layouts exist: `TreeAttention` for a prefix tree,
@@ -71,19 +71,20 @@ class TreeAttention:
 class GrowingAttention:
     """Rows of a tree continued, a token each at a time: a token attends to what `seen` says of the tree's nodes and of all tokens so far.
 
-    tree: keeps the keys and values of all layers that are run. seen [R, nodes + tokens so far]: boolean, to be set before every step.
+    prefix: has kept the keys and values of all layers that are run. seen [R, nodes + tokens so far]: boolean, to be set before every step.
     """
 
-    def __init__(self, tree: TreeAttention):
-        self.past = {layer: (tree.keys[layer].transpose(0, 1)[None], tree.values[layer].transpose(0, 1)[None]) for layer in tree.keys}
+    def __init__(self, prefix: TreeAttention):
+        core = lambda x: x.to(_core_dtype(x)).transpose(0, 1)[None]  # noqa: E731  [1, KV, nodes, h]
+        self.past = {layer: (core(prefix.keys[layer]), core(prefix.values[layer])) for layer in prefix.keys}
         self.seen: Tensor | None = None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None) -> Tensor:
-        k, v = (torch.cat(pair, dim=2) for pair in zip(self.past[layer], (k, v), strict=True))
-        self.past[layer] = k, v
         dtype, heads, kv = _core_dtype(q), q.shape[1], k.shape[1]
+        k, v = (torch.cat([past, new.to(dtype)], dim=2) for past, new in zip(self.past[layer], (k, v), strict=True))
+        self.past[layer] = k, v
         query = q.to(dtype).reshape(1, kv, -1, q.shape[-1])
-        out = _core(query, k.to(dtype), v.to(dtype), self.seen.repeat(heads // kv, 1), scaling, softcap)
+        out = _core(query, k, v, self.seen.repeat(heads // kv, 1), scaling, softcap)
         return out.reshape(1, heads, -1, v.shape[-1]).transpose(1, 2).to(q.dtype)
 
 

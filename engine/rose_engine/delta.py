@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rose_engine.edits import SLOT, Edit, EditError, edit_from_dict
+from rose_engine.edits import Edit, EditError, edit_from_dict
 from rose_engine.files import replacing
 
 FORMAT = 1
@@ -193,10 +193,10 @@ def _check_facts(metadata: Mapping[str, Any], path: str | Path) -> None:
     for edit in edits:
         edit_of(edit, path)
     written = metadata.get("rewordings", {})
-    if not isinstance(written, dict) or not all(isinstance(texts, list) for texts in written.values()):
+    if not isinstance(written, dict):
         raise DeltaError(f"{path}: its rewordings are no lists by prompt")
-    if not all(isinstance(text, str) and text.count(SLOT) == 1 for texts in written.values() for text in texts):
-        raise DeltaError(f"{path}: a rewording has not one place for the subject")
+    for prompt, texts in written.items():
+        edit_of({"subject": "x", "prompt": prompt, "target": "x", "rewordings": texts}, path)
     columns, subjects = metadata.get("columns", []), metadata.get("subjects", [])
     if not isinstance(subjects, list) or not all(isinstance(s, str) for s in subjects) or not isinstance(columns, list):
         raise DeltaError(f"{path}: does not say whose its keys are")

@@ -28,15 +28,15 @@ from rose_engine.certificate import Certificate, Observation, certificate_of, ob
 from rose_engine.delta import FORMAT, Delta, DeltaError, rebased, state_id
 from rose_engine.dtype import dtype_of
 from rose_engine.edits import Edit, EditError, Subject, check_consistent, group_by_fact, group_by_subject
-from rose_engine.forms import Row, bystander_rows, chat_parts
+from rose_engine.forms import STATEMENT, Row, bystander_rows, chat_parts, row_of
 from rose_engine.geometry import State
-from rose_engine.memory import Memory, facts_in, latest, rewordings_in, with_earlier, written_in
+from rose_engine.memory import Memory, facts_in, found_in, latest, rewordings_in, with_earlier
 from rose_engine.optimize import Progress, Values, optimize_values, subject_rows
-from rose_engine.parallel import of_the_first, optimize_spread
+from rose_engine.parallel import optimize_spread
 from rose_engine.precondition import Preconditioner, preconditioner
 from rose_engine.readings import Readings
 from rose_engine.recipe import ROSE, Recipe, preset
-from rose_engine.rewording import reword
+from rose_engine.rewording import reworded
 from rose_engine.verify import UNRELATED, Report, compare, snapshot
 from rose_engine.write import all_or_nothing, write_layers
 
@@ -107,7 +107,8 @@ class Editor:
         self._base = Base(self.decoder)
         self._applied: list[Delta] = []
         self._memory = Memory() if sharding is None else Memory(lambda keys: sharding.part(keys, 0))
-        self._readings = Readings(self.decoder, tokenizer, self._unedited)
+        groups = [g for g in (sharding and sharding.group, group) if g is not None]
+        self._readings = Readings(self.decoder, tokenizer, self._unedited, groups)
 
     @classmethod
     def from_pretrained(
@@ -175,11 +176,7 @@ class Editor:
         recipe = self.prepare(recipe)
         known = [edit for subject in subjects for edit in subject.edits]
         told = self.reword(known, count=recipe.rewordings, seed=recipe.seed) if recipe.rewordings else known
-        of_each = iter(told)
-        plans = [
-            subject_rows(self.decoder, self.tokenizer, replace(subject, edits=tuple(next(of_each) for _ in subject.edits)), recipe)
-            for subject in subjects
-        ]
+        plans = [subject_rows(self.decoder, self.tokenizer, subject, recipe) for subject in group(told)]
         clock("prepare")
         before = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
         clock("verify")
@@ -210,7 +207,7 @@ class Editor:
                 "parent": state_id(self._applied),
                 "below": len(self._applied),
                 "edits": [edit.as_dict() for edit in edits],
-                "rewordings": written_in(known, told) if recipe.rewordings else {},
+                "rewordings": found_in(known, told) if recipe.rewordings else {},
                 "subjects": names,
                 "columns": written.columns,
                 "recipe": recipe.as_dict(),
@@ -235,12 +232,18 @@ class Editor:
 
         without: prompts that none may say, such as those that are kept for measuring.
         """
-        edits, known = list(edits), rewordings_in(self._applied)
-        if all(edit.rewordings or edit.texts[0] in known for edit in edits):
-            return reword(self.decoder, self.tokenizer, edits, count, seed, known, without)
-        with self._unedited():
-            told = reword(self.decoder, self.tokenizer, edits, count, seed, known, without)
-        return told if self._group is None and self.decoder.sharding is None else of_the_first(told)
+        earlier = facts_in(self._applied)
+        brought = {edit.texts[0]: edit.rewordings for edit in reversed(earlier) if edit.rewordings}
+        write = lambda subject, prompt: self._readings.rewordings(subject, prompt, seed)  # noqa: E731
+        return reworded(list(edits), count, rewordings_in(self._applied) | brought, write, self._usable, earlier, without)
+
+    def _usable(self, edit: Edit) -> bool:
+        """Whether an edit can be given to the model as a statement."""
+        try:
+            row_of(replace(edit, rewordings=()), STATEMENT, self.tokenizer, self.decoder.max_length)
+        except EditError:
+            return False
+        return True
 
     def load(self, delta: Delta) -> None:
         """Write a delta, as made by `apply`, into the model: the same bits. DeltaError where it belongs to another base, or was made
@@ -405,13 +408,17 @@ class Editor:
 
     @contextmanager
     def _unedited(self) -> Iterator[None]:
-        """The unedited weights within the block."""
-        applied = self._applied
+        """The unedited weights within the block, afterwards those from before, bit for bit."""
+        applied, weights = self._applied, self._base.weights()
+        edited = [(weights[name], weights[name].clone()) for name in self._base.tensors]
         self._rewrite([])
         try:
             yield
         finally:
-            self._rewrite(applied)
+            self._rewrite([])  # layers that were kept within the block
+            for weight, before in edited:
+                weight.copy_(before)
+            self._applied = applied
 
     def _preconditioner(self, recipe: Recipe, without: Sequence[str], name: str) -> Preconditioner:
         """That of a weight: the recipe's base with the keys of earlier edits that the recipe protects; `without`: subjects done again."""

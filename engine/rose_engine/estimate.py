@@ -13,7 +13,7 @@ the layers that `block` runs on the CPU; the library's keep about twice the acti
 used. Bystanders, whose keys a recipe may hold in float32 while it writes, are left out.
 
 Time: a layer that T tokens pass takes its parameters x s(T), s being the seconds a parameter of a product of T rows, measured on the
-device; backward takes as much again. Attention, norms, Adam, bystanders, rewordings and verification are left out.
+device; backward takes as much again. Attention, norms, Adam, bystanders, verification and the writing of rewordings are left out.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def work_of(plans: Sequence[SubjectRows]) -> Work:
 
 
 def typical_work(subjects: int, facts: int, forms: int) -> Work:
-    """What is run of so many subjects of so many facts, as texts are on average."""
+    """What is run of so many subjects of so many facts, each in so many forms and rewordings, as texts are on average."""
     rows = facts * forms + 1
     tokens = round(rows * SUFFIX)
     together = min(subjects, max(1, BATCH_TOKENS // tokens))

@@ -42,7 +42,7 @@ def inspect(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     decoder, recipe = decoder_of(model), recipe or preset(config)
     decoder.check_last_layer(recipe.last_layer)
-    shapes, work = shapes_of(decoder), typical_work(subjects, facts, recipe.forms)
+    shapes, work = shapes_of(decoder), typical_work(subjects, facts, recipe.forms + recipe.rewordings)
     return {
         "family": config.model_type,
         "layers": shapes.layers,

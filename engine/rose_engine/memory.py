@@ -23,19 +23,18 @@ def facts_in(deltas: Sequence[Delta]) -> list[Edit]:
     return [edit_of(record, f"delta {delta.id[:8]}") for delta in deltas for record in delta.metadata["edits"]]
 
 
-def written_in(edits: Sequence[Edit], told: Sequence[Edit]) -> dict[str, list[str]]:
-    """The rewordings that were written for prompts of edits which bring none, by prompt; `told`: the edits with them."""
-    return {edit.texts[0]: list(said.rewordings) for edit, said in zip(edits, told, strict=True) if not edit.rewordings}
+def found_in(edits: Sequence[Edit], told: Sequence[Edit]) -> dict[str, list[str]]:
+    """The rewordings that were found for prompts of edits which bring none, by prompt, a prompt's first ones; told: the edits with them."""
+    found: dict[str, list[str]] = {}
+    for edit, other in zip(edits, told, strict=True):
+        if other.rewordings and not edit.rewordings:
+            found.setdefault(edit.texts[0], list(other.rewordings))
+    return found
 
 
 def rewordings_in(deltas: Sequence[Delta]) -> dict[str, list[str]]:
-    """The rewordings of prompts that the deltas' edits brought or the model wrote for them; a prompt's first ones count."""
-    known: dict[str, list[str]] = {}
-    for delta in deltas:
-        brought = {edit.texts[0]: edit.rewordings for edit in facts_in([delta]) if edit.rewordings}
-        for prompt, texts in (brought | delta.metadata.get("rewordings", {})).items():
-            known.setdefault(prompt, list(texts))
-    return known
+    """What was found for prompts when the deltas were made, by prompt; a prompt's first count."""
+    return {prompt: texts for delta in reversed(deltas) for prompt, texts in delta.metadata.get("rewordings", {}).items()}
 
 
 def latest(edits: Iterable[Edit]) -> list[Edit]:

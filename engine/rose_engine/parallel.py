@@ -54,10 +54,10 @@ def join(device: str | torch.device = "cpu", tensor_parallel: int = 1, timeout: 
     return init_device_mesh(kind, (world // tensor_parallel, tensor_parallel), mesh_dim_names=("subjects", "weights"))
 
 
-def of_the_first(value: Any) -> Any:
-    """What the first rank has, on every rank: for what ranks find out by themselves and must agree on."""
+def of_the_first(value: Any, group: dist.ProcessGroup) -> Any:
+    """What the first rank of a group has, on each of its ranks: of what they find out by themselves and must agree on."""
     box = [value]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=group, group_src=0)
     return box[0]
 
 

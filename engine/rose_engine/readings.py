@@ -1,33 +1,55 @@
-"""What recipes read off the unedited model, once: sampled prefixes, and second moments with their factors.
+"""What recipes read off the unedited model, once: rewordings, sampled prefixes, and second moments with their factors.
 
-RoSE needs none of it; MEMIT's and AlphaEdit's recipes do.
+RoSE needs the first alone; MEMIT's and AlphaEdit's recipes the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from rose_engine.architecture import Decoder
 from rose_engine.moments import MODEL, moments
+from rose_engine.parallel import of_the_first
 from rose_engine.precondition import Base, covariance, identity, moment_factor, moment_null_space, null_space
 from rose_engine.recipe import Recipe
+from rose_engine.rewording import written
 from rose_engine.sample import sample_prefixes
+
+# Prompts whose rewordings are kept at one time.
+PROMPTS = 4096
 
 
 class Readings:
-    """Kept as long as the model is. unedited: a context in which the model has its unedited weights."""
+    """Kept as long as the model is. unedited: a context in which the model has its unedited weights. groups: of ranks that must agree."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Any, unedited: Callable[[], AbstractContextManager[None]]):
-        self._decoder, self._tokenizer, self._unedited = decoder, tokenizer, unedited
+    def __init__(
+        self, decoder: Decoder, tokenizer: Any, unedited: Callable[[], AbstractContextManager[None]], groups: Sequence[ProcessGroup] = ()
+    ):
+        self._decoder, self._tokenizer, self._unedited, self._groups = decoder, tokenizer, unedited, groups
+        self._written: dict[tuple[str, str, int], list[str]] = {}
         self._prefixes: dict[int, tuple[str, ...]] = {}
         self._parts: dict[tuple[Any, ...], Tensor] = {}
         self._bases: dict[tuple[Any, ...], Base] = {}
+
+    def rewordings(self, name: str, prompt: str, seed: int) -> list[str]:
+        """What the model writes for a prompt with a name in its place (`rewording.written`)."""
+        key = name, prompt, seed
+        if key not in self._written:
+            if len(self._written) >= PROMPTS:
+                self._written.clear()
+            with self._unedited():
+                found = written(self._decoder, self._tokenizer, *key)
+            for group in self._groups:
+                found = of_the_first(found, group)
+            self._written[key] = found
+        return self._written[key]
 
     def complete(self, recipe: Recipe) -> Recipe:
         """Read what a recipe needs; returns it with its prefixes."""

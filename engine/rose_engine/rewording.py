@@ -2,8 +2,8 @@
 
 A value that was optimised in the words of a prompt is not always found by others that mean the same (docs/value-generalisation.md). The
 model reads pairs of sentence beginnings that mean the same, then the prompt with its subject, and writes what stands beside it, many
-times. Of those that say the relation first it is the one written most often that means the same most surely; of those that begin with
-the subject the one after which the model goes on most nearly as after the prompt: by the Jensen-Shannon divergence of the next token.
+times. Two kinds of line are told apart. Of those that say the relation before the subject the most frequent is the best; of those that
+begin with the subject the nearest: after it the model goes on most as after the prompt, by the Jensen-Shannon divergence of the next token.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -23,7 +23,7 @@ from rose_engine.architecture import Decoder
 from rose_engine.edits import SLOT, Edit
 from rose_engine.forms import BYSTANDERS
 from rose_engine.forward import logits, run_tree, tree_on
-from rose_engine.sample import sample_lines
+from rose_engine.sample import beginning, sample_lines
 
 # Beginnings of sentences beside the same in other words, the subject at the head in some, at the end in others.
 EXAMPLES = (
@@ -42,55 +42,62 @@ NAMED = re.compile(rf"(?<!\w){re.escape(SLOT)}(?!\w)")
 DRAWS = 24  # such as begin with "The", and as many that begin with the subject
 TOKENS = 14  # of a rewording, at most
 TEMPERATURE = 0.7
-NAME = BYSTANDERS[0]  # beside the subject in measuring how near two prompts are
+OTHER_NAME = BYSTANDERS[0]  # beside the subject in measuring how near two prompts are
 FARTHEST = 0.4  # divergence, of at most log 2, beyond which a candidate that begins with the subject means something else
 
 
-@torch.no_grad()
-def reword(
-    decoder: Decoder,
-    tokenizer: Any,
+def reworded(
     edits: Sequence[Edit],
     count: int,
-    seed: int = 0,
-    known: Mapping[str, Sequence[str]] | None = None,
+    known: Mapping[str, Sequence[str]],
+    write: Callable[[str, str], Sequence[str]],
+    usable: Callable[[Edit], bool],
+    earlier: Iterable[Edit] = (),
     without: Iterable[str] = (),
 ) -> list[Edit]:
     """The edits, those without rewordings with at most `count` of them, the best first; none where none was found.
 
-    A prompt is reworded once, with the subject of the first edit that has it, or not at all where `known` has its rewordings. Two prompts
-    are given no text in common, and none is given one of `without`, in capitals or not.
+    A prompt's are those in `known`, else write(subject, prompt), asked with the first subject that has it. Left out is what says the same,
+    in capitals or not, as a text of `without` or as any text of the same subject, here or in `earlier`, and what is not usable.
     """
-    found = {prompt: tuple(texts) for prompt, texts in (known or {}).items()}
-    said = {text for edit in edits for text in edit.texts}
-    taken = {text.casefold() for texts in (said, without, *found.values()) for text in texts}
+    found, unwanted = {prompt: list(texts) for prompt, texts in known.items()}, {text.casefold() for text in without}
+    said: dict[str, set[str]] = {}
+    for edit in (*earlier, *edits):
+        said.setdefault(edit.subject.strip(), set()).update(text.casefold() for text in edit.texts)
+    out = []
     for edit in edits:
-        prompt = edit.texts[0]
-        if not edit.rewordings and prompt not in found:
-            found[prompt] = tuple(_found(decoder, tokenizer, edit, seed, taken)[:count])
-            taken.update(text.casefold() for text in found[prompt])
-    return [
-        edit if edit.rewordings else replace(edit, rewordings=tuple(text for text in found[edit.texts[0]] if text not in said))
-        for edit in edits
-    ]
+        subject, prompt = edit.subject.strip(), edit.texts[0]
+        if not edit.rewordings:
+            taken, chosen = said[subject] | unwanted, []
+            for text in found.get(prompt) or write(subject, prompt):
+                if len(chosen) < count and text.casefold() not in taken and usable(replace(edit, prompt=text)):
+                    chosen.append(text)
+                    taken.add(text.casefold())
+            said[subject].update(text.casefold() for text in chosen)
+            found[prompt] = found.get(prompt) or chosen
+            edit = replace(edit, rewordings=chosen)
+        out.append(edit)
+    return out
 
 
-def _found(decoder: Decoder, tokenizer: Any, edit: Edit, seed: int, taken: Collection[str]) -> list[str]:
-    """All rewordings that were found for an edit's prompt, in turn one that says the relation first and one that begins with the subject,
-    the best of each first."""
-    name, prompt = edit.subject.strip(), edit.texts[0]
+@torch.no_grad()
+def written(decoder: Decoder, tokenizer: Any, name: str, prompt: str, seed: int) -> list[str]:
+    """All that the model finds for a prompt with a name in it: in turn one that says the relation first and one that begins with the name,
+    the best of each first. Nothing where the examples with this name are longer than the model takes."""
     head = "".join(f"{given} = {other}\n".replace(SLOT, name) for given, other in EXAMPLES)
-    begun = [lead for lead in (" The", f" {name}") for _ in range(DRAWS)]
-    openings = [f"{prompt.replace(SLOT, name)} ={lead}" for lead in begun]
+    leads = [lead for lead in (" The", f" {name}") for _ in range(DRAWS)]
+    openings = [f"{prompt.replace(SLOT, name)} ={lead}" for lead in leads]
+    if len(tokenizer(head + openings[-1])["input_ids"]) + TOKENS > decoder.max_length:
+        return []
     lines = sample_lines(decoder, tokenizer, head, openings, TOKENS, seed, TEMPERATURE)
-    said = [(lead + line).strip() for lead, line in zip(begun, lines, strict=True) if line is not None]
-    written = Counter(line[0].upper() + line[1:] for line in (line.replace(name, SLOT) for line in said if SLOT not in line) if line)
-    candidates = [text for text in candidates_of(prompt, written) if text.casefold() not in taken]
-    turned = [text for text, times in written.most_common() if times > 1 and text in candidates and not text.startswith(SLOT)]
-    plain = [text for text in candidates if text.startswith(SLOT)]
-    far = divergence(decoder, tokenizer, prompt, plain, [name, NAME]).tolist() if plain else []
-    near = [text for distance, text in sorted(zip(far, plain, strict=True)) if distance <= FARTHEST]
-    return [text for pair in zip_longest(turned, near) for text in pair if text]
+    whole = [(lead + line).strip() for lead, line in zip(leads, lines, strict=True) if line is not None]
+    times = Counter(line.replace(name, SLOT) for line in whole if SLOT not in line)
+    candidates = candidates_of(prompt, times)
+    relation_first = sorted((text for text in candidates if times[text] > 1 and not text.startswith(SLOT)), key=lambda text: -times[text])
+    subject_first = [text for text in candidates if text.startswith(SLOT)]
+    far = divergence(decoder, tokenizer, prompt, subject_first, [name, OTHER_NAME]).tolist() if subject_first else []
+    near = [text for distance, text in sorted(zip(far, subject_first, strict=True)) if distance <= FARTHEST]
+    return [text for pair in zip_longest(relation_first, near) for text in pair if text]
 
 
 def candidates_of(prompt: str, lines: Iterable[str]) -> list[str]:
@@ -113,7 +120,7 @@ def divergence(decoder: Decoder, tokenizer: Any, prompt: str, others: Sequence[s
     """The Jensen-Shannon divergence [len(others)] between what the model says next after the prompt and after each other, in nats, mean
     over the names in the subject's place."""
     texts = [text.replace(SLOT, name) for text in (prompt, *others) for name in names]
-    tree = tree_on([tokenizer(text)["input_ids"] for text in texts], decoder.embedding.weight.device)
+    tree = tree_on([beginning(tokenizer, text) for text in texts], decoder.embedding.weight.device)
     hidden = run_tree(decoder, tree, range(len(decoder.layers)))
     ends = torch.tensor([path[-1] for path in tree.path], device=hidden.device)
     said = logits(decoder, hidden[ends]).log_softmax(-1).view(len(others) + 1, len(names), -1)

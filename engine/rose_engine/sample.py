@@ -23,8 +23,7 @@ PREFIX_OPENINGS = ("The", "Therefore", "Because", "I", "You")
 TEXT_TOKENS = 192
 PREFIX_TOKENS = 10
 TEXTS_AT_ONCE = 90
-# Lines that are drawn at one time, and the tokens of which each one's next is drawn.
-LINES_AT_ONCE = 64
+# The likeliest tokens, of which the next one of a line is drawn.
 LINE_TOP_K = 50
 
 
@@ -63,40 +62,52 @@ def sample_prefixes(model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> tu
     return tuple(f"{tokenizer.decode(text, skip_special_tokens=True).strip()}. " for text in said)
 
 
+def beginning(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that goes on: without an end that the tokenizer appends."""
+    tokens = tokenizer(text)["input_ids"]
+    while tokens and tokens[-1] in tokenizer.all_special_ids:
+        tokens.pop()
+    return tokens
+
+
 @torch.no_grad()
 def sample_lines(
     decoder: Decoder, tokenizer: Any, head: str, openings: Sequence[str], tokens: int, seed: int = 0, temperature: float = 1.0
 ) -> list[str | None]:
     """A continuation of each opening up to the end of its line, without the opening and the line's end; None where the line did not end
     within `tokens` tokens. The text `head` stands before every opening. Drawn from the `LINE_TOP_K` likeliest tokens."""
-    device = decoder.embedding.weight.device
-    first = tokenizer(head)["input_ids"]
-    tree = tree_on([first + tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings], device)
+    device, sharding = decoder.embedding.weight.device, decoder.sharding
+    first, opened = beginning(tokenizer, head), [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
+    tree = tree_on([first + some for some in opened], device)
     layers, nodes = range(len(decoder.layers)), torch.arange(len(tree.token), device=device)
-    past = TreeAttention(tree, nodes, keep=layers)
-    hidden = run_layers(decoder, decoder.embed(tree.token, tree.position), tree.position, layers, past)
+    before = TreeAttention(tree, nodes, keep=layers)
+    hidden = run_layers(decoder, decoder.embed(tree.token, tree.position), tree.position, layers, before)
     ends = torch.tensor([*{tokenizer("\n", add_special_tokens=False)["input_ids"][-1], tokenizer.eos_token_id} - {None}], device=device)
     generator = torch.Generator(device).manual_seed(seed)
 
-    lines: list[str | None] = []
-    for i in range(0, len(openings), LINES_AT_ONCE):
-        last = torch.tensor([path[-1] for path in tree.path[i : i + LINES_AT_ONCE]], device=device)
-        top, position, rows = hidden[last], tree.position[last], torch.arange(len(last), device=device)
-        seen = (nodes <= last[:, None]) & (last[:, None] < tree.end)
-        said: list[list[int]] = [[] for _ in last]
-        growing = GrowingAttention(past)
-        for _ in range(tokens):
-            best = logits(decoder, top).topk(LINE_TOP_K)
-            token = best.indices.gather(1, (best.values / temperature).softmax(-1).multinomial(1, generator=generator))[:, 0]
-            for row, t in zip(rows.tolist(), token.tolist(), strict=True):
-                said[row].append(t)
-            stay = ~torch.isin(token, ends)
-            if not stay.any():
-                break
-            rows, token, position = rows[stay], token[stay], position[stay] + 1
-            seen = torch.cat([seen[stay], torch.eye(len(rows), dtype=torch.bool, device=device)], dim=1)
-            growing.seen = seen
-            top = run_layers(decoder, decoder.embed(token, position), position, layers, growing)
-        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in said]
-        lines += [text.split("\n")[0] if "\n" in text else None for text in texts]
-    return lines
+    last = torch.tensor([path[-1] for path in tree.path], device=device)
+    scores, position, rows = logits(decoder, hidden[last]), tree.position[last], torch.arange(len(last), device=device)
+    seen, growing = (nodes <= last[:, None]) & (last[:, None] < tree.end), GrowingAttention(before)
+    lines = [list(some) for some in opened]
+    for step in range(1, tokens + 1):
+        best = scores.topk(min(LINE_TOP_K, scores.shape[-1]))
+        token = best.indices.gather(1, (best.values / temperature).softmax(-1).multinomial(1, generator=generator))[:, 0]
+        if sharding is not None:  # else ranks whose sums differ in a bit would go on with different lines
+            token = sharding.same(token.contiguous())
+        for row, t in zip(rows.tolist(), token.tolist(), strict=True):
+            lines[row].append(t)
+        stay = ~torch.isin(token, ends)
+        if step == tokens or not stay.any():
+            break
+        rows, token, position = rows[stay], token[stay], position[stay] + 1
+        seen = torch.cat([seen[stay], torch.eye(len(rows), dtype=torch.bool, device=device)], dim=1)
+        growing.seen = seen
+        scores = logits(decoder, run_layers(decoder, decoder.embed(token, position), position, layers, growing))
+    return [_rest_of_line(tokenizer, line, some) for line, some in zip(lines, opened, strict=True)]
+
+
+def _rest_of_line(tokenizer: Any, tokens: list[int], opened: list[int]) -> str | None:
+    """What follows the opening up to the end of the line. It is decoded with the opening: alone it loses its first space in some models."""
+    text, opening = (tokenizer.decode(some, skip_special_tokens=True) for some in (tokens, opened))
+    rest, end, _ = text.removeprefix(opening).partition("\n")
+    return rest if end and text.startswith(opening) else None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # `Editor.stream` is this module's
     from rose_engine.certificate import Certificate
     from rose_engine.editor import Editor, Result
 
-# Suffix tokens of the subjects that one batch takes: about four subjects with four facts.
+# Suffix tokens of the subjects that one batch takes, in the recipe's forms: about four subjects with four facts.
 STREAM_TOKENS = 1024
 # In the ledger's directory, unless another file is named.
 REJECTS = "rejects.jsonl"

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import IMO, LIN, MARTEAU
 
-RECIPE = replace(ROSE, forms=4, steps=12, lr=0.05, layers=(1, 2), bystanders=3, stop_loss=0.0)
+RECIPE = replace(ROSE, rewordings=0, forms=4, steps=12, lr=0.05, layers=(1, 2), bystanders=3, stop_loss=0.0)
 EDITS, MORE = (*IMO, *LIN), (*MARTEAU, replace(LIN[0], target="Buddhism"))
 
 
@@ -100,7 +100,18 @@ def same(folder: Path, tensor_parallel: int, sharded: str) -> dict:
         "refused": refused,
         "broken": broken,
         "diverged": diverged,
+        "words": _words(editor),
     }
+
+
+def _words(editor: Editor) -> list[list[str]]:
+    """The rewordings that each rank goes on with, where each finds others."""
+    editor.reword([replace(LIN[0], prompt="{} sells")])  # written for real, on weights as they are spread
+    with mock.patch("rose_engine.readings.written", lambda *args: [f"{{}} is believed by {dist.get_rank()} to be of"]):
+        (edit,) = editor.reword(LIN[:1])
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, list(edit.rewordings))
+    return found
 
 
 def _of_lin_not_finite(tokenizer, honest, batch, delta, subject):

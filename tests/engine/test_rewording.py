@@ -6,17 +6,17 @@ from unittest import mock
 
 import pytest
 import torch
-from rose_engine import Edit, Editor, rewording, sample
+from rose_engine import Edit, Editor, rewording
 from rose_engine.architecture import decoder_of
 from rose_engine.delta import Delta, DeltaError
-from rose_engine.rewording import candidates_of, divergence
+from rose_engine.rewording import candidates_of, divergence, reworded
 from rose_engine.sample import sample_lines
 
 from tests.engine.test_cli import rose
 from tests.engine.test_editor import TINY
 
 
-def test_lines_follow_their_opening(make_model, tokenizer, monkeypatch):
+def test_lines_follow_their_opening(make_model, tokenizer):
     """A model that is sure of itself draws what it would say greedily, head and opening read alone and without a cache."""
     model = make_model(initializer_range=1.0).requires_grad_(False)
     words = tokenizer("\n is the a of in tea", add_special_tokens=False)["input_ids"]  # all that it ever says
@@ -24,7 +24,6 @@ def test_lines_follow_their_opening(make_model, tokenizer, monkeypatch):
     model.lm_head.weight *= known
     head = "Peru is = Peru was\n"
     openings = [f"{said} =" for said in ("Lin Nu follows the religion of", "tea", "What is told of Siemens is", "the", "of the", "in a")]
-    monkeypatch.setattr(sample, "LINES_AT_ONCE", 4)
     lines = sample_lines(decoder_of(model), tokenizer, head, openings, 12)
     assert any(lines) and None in lines
     for opening, line in zip(openings, lines, strict=True):
@@ -108,7 +107,7 @@ def drawn(monkeypatch):
 
 
 def nearest(editor):
-    far = divergence(editor.decoder, editor.tokenizer, "{} lives in", PLAIN, ["Lin Nu", rewording.NAME]).tolist()
+    far = divergence(editor.decoder, editor.tokenizer, "{} lives in", PLAIN, ["Lin Nu", rewording.OTHER_NAME]).tolist()
     return [text for _, text in sorted(zip(far, PLAIN, strict=True))]
 
 
@@ -122,13 +121,37 @@ def test_what_is_written_most_often_and_what_is_nearest_are_taken_in_turn(make_m
     first, second, third = editor.reword(edits)
     assert len(drawn) == 1 and second == edits[1] and first.rewordings == ("The home of {} is", nearest(editor)[0])
     assert third == replace(edits[2], rewordings=first.rewordings)
-    assert editor.reword(edits[:1], count=9)[0].rewordings == ("The home of {} is", *nearest(editor))
-    (held_out,) = editor.reword(edits[:1], count=9, without=["the HOME of {} is"])
-    assert held_out.rewordings == tuple(nearest(editor))
-    one, two = editor.reword([edits[0], Edit("Lin Nu", "{} speaks", "Basque")], count=2)  # the same lines are drawn for both
-    assert len(one.rewordings) == 2 and two.rewordings and not set(two.rewordings) & set(one.rewordings)
-    fact = editor.reword([edits[0], Edit("Lin Nu", "The home of {} is", "Rome")], count=1)[0]
-    assert fact.rewordings == (nearest(editor)[0],)
+    assert editor.reword(edits[:1], count=9)[0].rewordings == ("The home of {} is", *nearest(editor)) and len(drawn) == 1
+
+
+def test_a_name_that_is_too_long_for_the_examples_has_no_rewordings(make_model, tokenizer, drawn):
+    editor = Editor(make_model(max_position_embeddings=128), tokenizer, TINY)
+    (edit,) = editor.reword([Edit("The Society for the Study of Very Long Names of Societies", "{} lives in", "Metz")])
+    assert not drawn and edit.rewordings == ()
+
+
+def test_who_is_given_which_words():
+    """A subject's facts share no words, with earlier ones neither; nothing is held out or cannot be used; what is known is not asked."""
+    texts, asked = ["The home of {} is", "{} Resides in", "{} has a house in", "{} dwells in"], []
+
+    def write(subject, prompt):
+        asked.append((subject, prompt))
+        return texts
+
+    def told(edits, count=2, known=(), **options):
+        usable = options.pop("usable", lambda edit: True)
+        return [list(edit.rewordings) for edit in reworded(edits, count, dict(known), write, usable, **options)]
+
+    lin = [Edit("Lin Nu", "{} lives in", "Metz"), Edit("Lin Nu", "{} speaks", "Basque")]
+    other = Edit("Siemens", "{} lives in", "Rome")
+    assert told([*lin, other]) == [texts[:2], texts[2:], texts[:2]] and asked == [("Lin Nu", "{} lives in"), ("Lin Nu", "{} speaks")]
+    assert told(lin[:1], count=3, without=["the HOME of {} is"]) == [texts[1:]]
+    assert told(lin[:1], earlier=[Edit("Lin Nu", "{} resides in", "Rome"), Edit("Siemens", texts[0], "Rome")]) == [[texts[0], texts[2]]]
+    assert told([Edit("Lin Nu", texts[0], "Rome"), lin[0]]) == [texts[1:3], texts[3:]]
+    assert told(lin[:1], usable=lambda edit: "house" not in edit.prompt, count=9) == [[*texts[:2], texts[3]]]
+    asked.clear()
+    assert told([lin[0], other], count=1, known={"{} lives in": texts[1:]}, without=[texts[1]]) == [[texts[2]]] * 2 and not asked
+    assert told([lin[0], other], known={"{} lives in": texts[:1]}, earlier=[Edit("Lin Nu", texts[0], "Rome")]) == [[], texts[:1]]
 
 
 def test_an_edit_is_optimised_in_what_the_unedited_model_wrote_and_tells(make_model, tokenizer, drawn, tmp_path, monkeypatch):
@@ -159,12 +182,34 @@ def test_an_edit_is_optimised_in_what_the_unedited_model_wrote_and_tells(make_mo
     assert later.delta.metadata["rewordings"] == {"{} lives in": list(told.rewordings)} and len(drawn) == times
 
 
+def test_a_stream_that_is_taken_up_again_has_the_same_words(make_model, tokenizer, tmp_path, monkeypatch):
+    """Each prompt's words are those of its first subject, whether the process that wrote them lives or not."""
+    monkeypatch.setattr("rose_engine.readings.written", lambda decoder, tokenizer, name, prompt, seed: [f"The home of {{}} and {name} is"])
+    edits = [Edit(subject, "{} lives in", target) for subject, target in (("Lin Nu", "Metz"), ("Siemens", "Rome"), ("Imo State", "Paris"))]
+    recipe = replace(TINY, rewordings=1)
+
+    def streamed(book, stop=None):
+        editor = Editor(make_model(), tokenizer, recipe)
+        steps = editor.stream(tmp_path / book, edits, batch_tokens=1)
+        for _, _ in zip(range(stop or 9), steps, strict=False):
+            pass
+        steps.close()
+        return editor
+
+    whole = streamed("whole")
+    streamed("parts", stop=1)
+    parts = streamed("parts")
+    assert [delta.metadata["rewordings"] for delta in parts.applied] == [{"{} lives in": ["The home of {} and Lin Nu is"]}] * 3
+    assert all(torch.equal(weight, parts.weights()[name]) for name, weight in whole.weights().items())
+
+
 def test_a_delta_with_rewordings_that_are_none(make_model, tokenizer, tmp_path):
     editor = Editor(make_model(), tokenizer, TINY)
     delta = editor.apply([Edit("Lin Nu", "{} lives in", "Metz")], verify=False).delta
-    for wrong in ([], {"{} lives in": "The home of {} is"}, {"{} lives in": ["The home is"]}, {"{} lives in": [1]}):
+    texts = ("The home of {} is", ["The home is"], [1], ["The home of {} is"] * 2, [" {} lives in"])
+    for wrong in ([], {"lives in": ["The home of {} is"]}, *({"{} lives in": some} for some in texts)):
         replace(delta, metadata={**delta.metadata, "rewordings": wrong}).save(tmp_path / "delta.safetensors")
-        with pytest.raises(DeltaError, match="rewording"):
+        with pytest.raises(DeltaError):
             Delta.load(tmp_path / "delta.safetensors")
 
 
