@@ -207,7 +207,7 @@ class Editor:
                 "parent": state_id(self._applied),
                 "below": len(self._applied),
                 "edits": [edit.as_dict() for edit in edits],
-                "rewordings": found_in(known, told) if recipe.rewordings else {},
+                "rewordings": found_in(known, told),
                 "subjects": names,
                 "columns": written.columns,
                 "recipe": recipe.as_dict(),

@@ -1,6 +1,6 @@
 """What recipes read off the unedited model, once: rewordings, sampled prefixes, and second moments with their factors.
 
-RoSE needs the first alone; MEMIT's and AlphaEdit's recipes the others.
+The default recipe needs the first alone; MEMIT's and AlphaEdit's need the others.
 """
 
 from __future__ import annotations

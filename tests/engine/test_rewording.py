@@ -10,7 +10,7 @@ from rose_engine import Edit, Editor, rewording
 from rose_engine.architecture import decoder_of
 from rose_engine.delta import Delta, DeltaError
 from rose_engine.rewording import candidates_of, divergence, reworded
-from rose_engine.sample import sample_lines
+from rose_engine.sample import _rest_of_line, sample_lines
 
 from tests.engine.test_cli import rose
 from tests.engine.test_editor import TINY
@@ -46,6 +46,15 @@ def test_a_line_that_does_not_end_is_none(make_model, tokenizer):
         assert sample_lines(decoder, tokenizer, "a\n", ["b =", "c d ="], 4) == ["", ""]
     with forced(newline + 1):
         assert sample_lines(decoder, tokenizer, "a\n", ["b =", "c d ="], 4) == [None, None]
+
+
+def test_a_line_keeps_its_first_space_where_a_decoder_drops_it():
+    class Stripping:
+        def decode(self, tokens, skip_special_tokens):
+            return " ".join(tokens).removeprefix(" ")
+
+    assert _rest_of_line(Stripping(), ["", "tea =", "The", "drink of\n", "x"], ["", "tea =", "The"]) == " drink of"
+    assert _rest_of_line(Stripping(), ["", "tea =", "The", "drink"], ["", "tea =", "The"]) is None
 
 
 def test_what_may_be_a_prompt():
