@@ -124,7 +124,10 @@ def divergence(decoder: Decoder, tokenizer: Any, prompt: str, others: Sequence[s
     hidden = run_tree(decoder, tree, range(len(decoder.layers)))
     ends = torch.tensor([path[-1] for path in tree.path], device=hidden.device)
     said = logits(decoder, hidden[ends]).log_softmax(-1).view(len(others) + 1, len(names), -1)
-    ours, theirs = said[:1], said[1:]
-    middle = torch.logaddexp(ours, theirs) - math.log(2)
-    both = (ours.exp() * (ours - middle)).sum(-1) + (theirs.exp() * (theirs - middle)).sum(-1)
-    return both.mean(-1) / 2
+    return torch.stack([_jensen_shannon(said[0], other).mean() for other in said[1:]])
+
+
+def _jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    """Of log-probabilities [..., V]."""
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / 2
