@@ -21,7 +21,7 @@ from bench.methods import Method, edited, methods_of
 from bench.metrics import Outcome, Probe, chat_probe, contains, generate, plain_probe, teacher_forced
 from bench.output import emit
 from bench.subjects import note, opened, parser_of
-from bench.tables import error_of_mean
+from bench.tables import error_of_mean, with_error
 
 RECALL = ("efficacy", "paraphrase", "instructed")
 LOCALITY = ("locality", "locality_instructed")
@@ -105,10 +105,6 @@ def standard_errors(results: dict[str, dict[str, list[float]]]) -> dict[str, dic
     return {name: {m: round(100 * error, 2) for m, error in of.items() if error is not None} for name, of in errors.items()}
 
 
-def _cell(mean: float | None, error: float | None) -> str:
-    return "" if mean is None else f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("bench.quality", __doc__, count="subjects", default=20)
     parser.add_argument("--recipes", default="vanilla,rose", help="methods by name (`bench.methods`), separated by commas")
@@ -118,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table, errors = percent(results), standard_errors(results)
     lines = [f"{'':12s}" + "".join(f"{metric:>22s}" for metric in METRICS)]
     for name, means in table.items():
-        cells = (_cell(means.get(metric), errors[name].get(metric)) for metric in METRICS)
+        cells = (with_error(means[m], errors[name].get(m)) if m in means else "" for m in METRICS)
         lines.append(f"{name:12s}" + "".join(f"{cell:>22s}" for cell in cells))
     every = {name: means | {"standard_error": errors[name], "by_subject": results[name]} for name, means in table.items()}
     emit(every, args.json, "\n".join(lines))

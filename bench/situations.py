@@ -27,7 +27,7 @@ from bench.methods import Method, edited, methods_of
 from bench.metrics import Probe, chat_probe, teacher_forced
 from bench.output import emit
 from bench.subjects import note, opened, parser_of
-from bench.tables import error_of_mean
+from bench.tables import error_of_mean, with_error
 
 EARLIER = (
     ("What is a good way to keep bread fresh?", "Keep it in a paper bag or a bread box, and freeze what you will not eat in two days."),
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = summary(evaluate(editor, data.subjects, methods_of(args.recipes, editor), note))
     lines = [f"{'':12s}" + "".join(f"{situation:>16s}" for situation in SITUATIONS)]
     for name, means in found.items():
-        cells = (f"{means[s][0]:.1f}" + ("" if means[s][1] is None else f" ± {means[s][1]:.1f}") if s in means else "" for s in SITUATIONS)
+        cells = (with_error(*means[s]) if s in means else "" for s in SITUATIONS)
         lines.append(f"{name:12s}" + "".join(f"{cell:>16s}" for cell in cells))
     emit(found, args.json, "\n".join(lines))
     return 0

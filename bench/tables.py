@@ -27,6 +27,11 @@ def error_of_mean(values: Sequence[float]) -> float | None:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
+def with_error(mean: float, error: float | None, digits: int = 1) -> str:
+    """A mean as it is printed, with its standard error where there is one."""
+    return f"{mean:.{digits}f}" if error is None else f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
 @dataclass(frozen=True)
 class Results:
     """run.json, summary.json and the lines of results.jsonl."""
@@ -76,7 +81,7 @@ class Results:
         if value is None:
             return ""
         error, digits = self.standard_error(recipe, metric), 2 if metric in GENERAL else 1
-        text = f"{value[0]:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+        text = with_error(value[0], error, digits)
         return f"{text} ({value[1]:.{digits}f})" if self.run["seeds"] > 1 else text
 
     def told(self) -> str:

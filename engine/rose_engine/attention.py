@@ -24,15 +24,21 @@ QUERY_BLOCK = 512
 
 
 def _core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """softmax(cap(scaling q k^T) + mask) v for q [B, KV, G * Q, h] and k, v [B, KV, K, h]; mask boolean, true where allowed.
+    """softmax(cap(scaling q k^T) + mask) v [B, H, Q, h] for q [B, H, Q, h] and k, v [B, KV, K, h]; mask [Q, K] or [B, 1, Q, K] boolean,
+    true where allowed.
 
-    The query heads that share a key head lie along the query axis, so grouped-query attention repeats no keys. cap(x) = softcap
+    The query heads that share a key head are laid along the query axis, so grouped-query attention repeats no keys. cap(x) = softcap
     tanh(x / softcap), which PyTorch's fused attention does not know, or x.
     """
+    shape, group = q.shape[:-1], q.shape[1] // k.shape[1]
+    q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
+    mask = mask.repeat(*[1] * (mask.dim() - 2), group, 1)
     if softcap is not None:
         scores = softcap * torch.tanh(scaling / softcap * (q @ k.transpose(-1, -2)))
-        return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        out = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    return out.reshape(*shape, v.shape[-1])
 
 
 def _core_dtype(x: Tensor) -> torch.dtype:
@@ -55,16 +61,12 @@ class TreeAttention:
         if layer in self.keep:
             self.keys[layer], self.values[layer] = k[0].transpose(0, 1).contiguous(), v[0].transpose(0, 1).contiguous()
         dtype = _core_dtype(q)
-        heads, kv = q.shape[1], k.shape[1]
         k, v = k.to(dtype), v.to(dtype)
         out = []
         for block in range(0, q.shape[2], QUERY_BLOCK):
             asker = self.nodes[block : block + QUERY_BLOCK, None]
             mask = (self.nodes <= asker) & (asker < self.end)
-            part = q[:, :, block : block + QUERY_BLOCK].to(dtype)
-            part = part.reshape(1, kv, -1, q.shape[-1])
-            part = _core(part, k, v, mask.repeat(heads // kv, 1), scaling, softcap)
-            out.append(part.reshape(1, heads, -1, v.shape[-1]))
+            out.append(_core(q[:, :, block : block + QUERY_BLOCK].to(dtype), k, v, mask, scaling, softcap))
         return torch.cat(out, dim=2).transpose(1, 2).to(q.dtype)
 
 
@@ -80,12 +82,10 @@ class GrowingAttention:
         self.seen: Tensor | None = None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None) -> Tensor:
-        dtype, heads, kv = _core_dtype(q), q.shape[1], k.shape[1]
+        dtype = _core_dtype(q)
         k, v = (torch.cat([past, new.to(dtype)], dim=2) for past, new in zip(self.past[layer], (k, v), strict=True))
         self.past[layer] = k, v
-        query = q.to(dtype).reshape(1, kv, -1, q.shape[-1])
-        out = _core(query, k, v, self.seen.repeat(heads // kv, 1), scaling, softcap)
-        return out.reshape(1, heads, -1, v.shape[-1]).transpose(1, 2).to(q.dtype)
+        return _core(q.to(dtype), k, v, self.seen, scaling, softcap).transpose(1, 2).to(q.dtype)
 
 
 class SuffixAttention:
@@ -106,14 +106,11 @@ class SuffixAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None) -> Tensor:
         s, dtype = self.suffixes, _core_dtype(q)
-        heads, kv, width = q.shape[1], k.shape[1], s.pad.shape[1]
         spread = lambda x: x[0][:, s.pad].transpose(0, 1).to(dtype)  # noqa: E731  [B, heads, longest, h]
         past = lambda x: x[self.place].transpose(1, 2).to(dtype)  # noqa: E731  [B, KV, longest prefix, h]
         keys = torch.cat([past(self.tree.keys[layer]), spread(k)], dim=2)
         values = torch.cat([past(self.tree.values[layer]), spread(v)], dim=2)
-        query = spread(q).reshape(len(s.row), kv, -1, q.shape[-1])
-        out = _core(query, keys, values, self.mask.repeat(1, 1, heads // kv, 1), scaling, softcap)
-        out = out.reshape(len(s.row), heads, width, -1).transpose(1, 2).flatten(0, 1)[s.flat]
+        out = _core(spread(q), keys, values, self.mask, scaling, softcap).transpose(1, 2).flatten(0, 1)[s.flat]
         return out[None].to(q.dtype)
 
 

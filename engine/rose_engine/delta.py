@@ -66,6 +66,11 @@ class Delta:
                 digest.update(tensor_bytes(factor))
         return digest.hexdigest()
 
+    @cached_property
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits that it holds. DeltaError where one of them is none."""
+        return tuple(edit_of(record, f"delta {self.id[:8]}") for record in self.metadata["edits"])
+
     @property
     def nbytes(self) -> int:
         """Bytes of the factors and the keys."""

@@ -244,6 +244,14 @@ def _turned(edit: Edit, form: Form) -> tuple[str, str, tuple[int, int]]:
     return text, _leading_space(text, edit.target), span
 
 
+def without_end(tokenizer: Any, tokens: list[int]) -> list[int]:
+    """The tokens without a closing special one, such as an EOS that the tokenizer appends."""
+    special, count = set(tokenizer.all_special_ids), len(tokens)
+    while count and tokens[count - 1] in special:
+        count -= 1
+    return tokens[:count]
+
+
 def encode(tokenizer: Any, text: str, target: str, span: tuple[int, int], special: bool, source: str | None) -> Row:
     """Tokenize text and target together and find the subject and the target by their characters.
 
@@ -259,9 +267,7 @@ def encode(tokenizer: Any, text: str, target: str, span: tuple[int, int], specia
     if target and first is None:
         raise EditError("the target tokenizes to nothing", source)
     if target and special:
-        # A closing special token (an EOS that the tokenizer appends) is not part of the target.
-        while tokens[-1] in tokenizer.all_special_ids:
-            tokens.pop()
+        tokens = without_end(tokenizer, tokens)
     return Row(tuple(tokens), last, len(tokens) if first is None else first)
 
 

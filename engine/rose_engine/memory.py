@@ -13,14 +13,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import Tensor
 
-from rose_engine.delta import Delta, edit_of
+from rose_engine.delta import Delta
 from rose_engine.edits import Edit, with_rewordings_of
 from rose_engine.precondition import Preconditioner
 
 
 def facts_in(deltas: Sequence[Delta]) -> list[Edit]:
     """The edits of the deltas, in order. DeltaError where one of them is not an edit."""
-    return [edit_of(record, f"delta {delta.id[:8]}") for delta in deltas for record in delta.metadata["edits"]]
+    return [edit for delta in deltas for edit in delta.edits]
 
 
 def found_in(edits: Sequence[Edit], told: Sequence[Edit]) -> dict[str, list[str]]:

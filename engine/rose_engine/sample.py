@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rose_engine.architecture import Decoder
 from rose_engine.attention import GrowingAttention, TreeAttention
+from rose_engine.forms import without_end
 from rose_engine.forward import logits, run_layers, tree_on
 
 # What sampled texts begin with; common first words, so that what follows is of many kinds.
@@ -62,14 +63,6 @@ def sample_prefixes(model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> tu
     return tuple(f"{tokenizer.decode(text, skip_special_tokens=True).strip()}. " for text in said)
 
 
-def beginning(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that goes on: without an end that the tokenizer appends."""
-    tokens = tokenizer(text)["input_ids"]
-    while tokens and tokens[-1] in tokenizer.all_special_ids:
-        tokens.pop()
-    return tokens
-
-
 @torch.no_grad()
 def sample_lines(
     decoder: Decoder, tokenizer: Any, head: str, openings: Sequence[str], tokens: int, seed: int = 0, temperature: float = 1.0
@@ -77,7 +70,8 @@ def sample_lines(
     """A continuation of each opening up to the end of its line, without the opening and the line's end; None where the line did not end
     within `tokens` tokens. The text `head` stands before every opening. Drawn from the `LINE_TOP_K` likeliest tokens."""
     device, sharding = decoder.embedding.weight.device, decoder.sharding
-    first, opened = beginning(tokenizer, head), [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
+    first = without_end(tokenizer, tokenizer(head)["input_ids"])
+    opened = [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
     tree = tree_on([first + some for some in opened], device)
     layers, nodes = range(len(decoder.layers)), torch.arange(len(tree.token), device=device)
     before = TreeAttention(tree, nodes, keep=layers)
