@@ -36,7 +36,7 @@ class Method:
     def seeded(self) -> bool:
         """Whether another seed gives another result."""
         r = self.recipe
-        return self.random or bool(r and (r.texts == "prefixes" or r.preconditioner != "identity" or r.noise or r.rewordings))
+        return self.random or bool(r and (r.texts == "prefixes" or r.preconditioner != "identity" or r.noise))
 
 
 def known(editor: Editor) -> dict[str, Method]:
@@ -139,7 +139,7 @@ def apply(editor: Editor, method: Method, edits: Sequence[Edit], seed: int, with
     """Apply edits with the method's recipe."""
     recipe = replace(method.recipe, seed=seed)
     if recipe.rewordings:
-        edits = editor.reword(edits, count=recipe.rewordings, seed=seed, without=without)
+        edits = editor.reword(edits, count=recipe.rewordings, without=without)
         recipe = replace(recipe, rewordings=0)
     for some in ([edit] for edit in edits) if method.one_by_one else (edits,):
         editor.apply(some, recipe=recipe, verify=False)

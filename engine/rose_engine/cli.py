@@ -134,7 +134,6 @@ def reword(
     model: ModelOption = "smollm2",
     format: FormatOption = None,
     count: Annotated[int, typer.Option(min=1, help="Rewordings of a prompt, at most.")] = 2,
-    seed: Annotated[int, typer.Option(help="With which they are drawn.")] = 0,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -142,7 +141,7 @@ def reword(
     from rose_engine.files import replacing
 
     facts = _facts(edits, format)
-    reworded = load_editor(model, dtype, device).reword(facts, count=count, seed=seed)
+    reworded = load_editor(model, dtype, device).reword(facts, count=count)
     with replacing(out) as temporary:
         temporary.write_text("".join(json.dumps(edit.as_dict(), ensure_ascii=False) + "\n" for edit in reworded), "utf-8")
     print_rewordings({edit.prompt: edit.rewordings for edit in reworded})

@@ -175,7 +175,7 @@ class Editor:
         clock = _Clock()
         recipe = self.prepare(recipe)
         known = [edit for subject in subjects for edit in subject.edits]
-        told = self.reword(known, count=recipe.rewordings, seed=recipe.seed) if recipe.rewordings else known
+        told = self.reword(known, count=recipe.rewordings) if recipe.rewordings else known
         plans = [subject_rows(self.decoder, self.tokenizer, subject, recipe) for subject in group(told)]
         clock("prepare")
         before = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
@@ -226,16 +226,16 @@ class Editor:
         log.info("applied %d edits of %d subjects in %.2f s", len(edits), len(subjects), sum(clock.seconds.values()))
         return Result(delta, report, certificate, clock.seconds, values)
 
-    def reword(self, edits: Iterable[Edit], *, count: int = 2, seed: int = 0, without: Iterable[str] = ()) -> list[Edit]:
+    def reword(self, edits: Iterable[Edit], *, count: int = 2, without: Iterable[str] = ()) -> list[Edit]:
         """The edits with up to `count` rewordings of each prompt: their own, those that an edit in the weights has for the same prompt, or
-        such as the unedited model writes, drawn with `seed` (`rewording`). `apply` does so with its recipe's number.
+        such as the unedited model writes (`rewording`). `apply` does so with its recipe's number.
 
         without: prompts that none may say, such as those that are kept for measuring.
         """
         earlier = facts_in(self._applied)
         brought = {edit.texts[0]: edit.rewordings for edit in reversed(earlier) if edit.rewordings}
-        write = lambda subject, prompt: self._readings.rewordings(subject, prompt, seed)  # noqa: E731
-        return reworded(list(edits), count, rewordings_in(self._applied) | brought, write, self._usable, earlier, without)
+        known = rewordings_in(self._applied) | brought
+        return reworded(list(edits), count, known, self._readings.rewordings, self._usable, earlier, without)
 
     def _usable(self, edit: Edit) -> bool:
         """Whether an edit can be given to the model as a statement."""

@@ -33,23 +33,24 @@ class Readings:
         self, decoder: Decoder, tokenizer: Any, unedited: Callable[[], AbstractContextManager[None]], groups: Sequence[ProcessGroup] = ()
     ):
         self._decoder, self._tokenizer, self._unedited, self._groups = decoder, tokenizer, unedited, groups
-        self._written: dict[tuple[str, str, int], list[str]] = {}
+        self._written: dict[tuple[str, str], list[str]] = {}
         self._prefixes: dict[int, tuple[str, ...]] = {}
         self._parts: dict[tuple[Any, ...], Tensor] = {}
         self._bases: dict[tuple[Any, ...], Base] = {}
 
-    def rewordings(self, name: str, prompt: str, seed: int) -> list[str]:
-        """What the model writes for a prompt with a name in its place (`rewording.written`)."""
-        key = name, prompt, seed
-        if key not in self._written:
+    def rewordings(self, name: str, prompts: Sequence[str]) -> list[list[str]]:
+        """What the model writes for prompts with a name in their place (`rewording.written`)."""
+        new = [prompt for prompt in prompts if (name, prompt) not in self._written]
+        if new:
             if len(self._written) >= PROMPTS:
                 self._written.clear()
+                new = list(prompts)
             with self._unedited():
-                found = written(self._decoder, self._tokenizer, *key)
+                found = written(self._decoder, self._tokenizer, name, new)
             for group in self._groups:
                 found = of_the_first(found, group)
-            self._written[key] = found
-        return self._written[key]
+            self._written.update({(name, prompt): texts for prompt, texts in zip(new, found, strict=True)})
+        return [self._written[name, prompt] for prompt in prompts]
 
     def complete(self, recipe: Recipe) -> Recipe:
         """Read what a recipe needs; returns it with its prefixes."""

@@ -1,8 +1,8 @@
 """Rewordings: the prompts of edits in other words, written by the unedited model itself.
 
 A value that was optimised in the words of a prompt is not always found by others that mean the same (docs/value-generalisation.md). The
-model reads pairs of sentence beginnings that mean the same, then the prompt with its subject, and writes what stands beside it, many
-times. Two kinds of line are told apart. Of those that say the relation before the subject the most frequent is the best; of those that
+model reads pairs of sentence beginnings that mean the same, then the prompt with its subject, and every line that it may well write next
+to it is read off. Two kinds are told apart. Of those that say the relation before the subject the likeliest is the best; of those that
 begin with the subject the nearest: after it the model goes on most as after the prompt, by the Jensen-Shannon divergence of the next token.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -23,7 +22,7 @@ from rose_engine.architecture import Decoder
 from rose_engine.edits import SLOT, Edit
 from rose_engine.forms import BYSTANDERS, without_end
 from rose_engine.forward import logits, run_tree, tree_on
-from rose_engine.sample import sample_lines
+from rose_engine.sample import likely_lines
 
 # Beginnings of sentences beside the same in other words, the subject at the head in some, at the end in others.
 EXAMPLES = (
@@ -39,7 +38,7 @@ EXAMPLES = (
 # Words that alone say nothing of a relation.
 FUNCTION_WORDS = {"a", "an", "the", "is", "are", "was", "were", "has", "had", "of", "in", "by", "on", "at", "to", "that", "which", "who"}
 NAMED = re.compile(rf"(?<!\w){re.escape(SLOT)}(?!\w)")
-DRAWS = 24  # such as begin with "The", and as many that begin with the subject
+LEAST = 0.01  # probability of a line, among those that begin with "The" or those that begin with the subject
 TOKENS = 14  # of a rewording, at most
 TEMPERATURE = 0.7
 OTHER_NAME = BYSTANDERS[0]  # beside the subject in measuring how near two prompts are
@@ -50,50 +49,61 @@ def reworded(
     edits: Sequence[Edit],
     count: int,
     known: Mapping[str, Sequence[str]],
-    write: Callable[[str, str], Sequence[str]],
+    write: Callable[[str, Sequence[str]], Sequence[Sequence[str]]],
     usable: Callable[[Edit], bool],
     earlier: Iterable[Edit] = (),
     without: Iterable[str] = (),
 ) -> list[Edit]:
     """The edits, those without rewordings with at most `count` of them, the best first; none where none was found.
 
-    A prompt's are those in `known`, else write(subject, prompt), asked with the first subject that has it. Left out is what says the same,
-    in capitals or not, as a text of `without` or as any text of the same subject, here or in `earlier`, and what is not usable.
+    A prompt's are those in `known`, else of write(subject, prompts), which is asked once a subject, with the first that has the prompt.
+    Left out is what says the same, in capitals or not, as a text of `without` or as any text of the same subject, here or in `earlier`,
+    and what is not usable.
     """
     found, unwanted = {prompt: list(texts) for prompt, texts in known.items()}, {text.casefold() for text in without}
     said: dict[str, set[str]] = {}
     for edit in (*earlier, *edits):
         said.setdefault(edit.subject.strip(), set()).update(text.casefold() for text in edit.texts)
-    out = []
-    for edit in edits:
-        subject, prompt = edit.subject.strip(), edit.texts[0]
-        if not edit.rewordings:
-            taken, chosen = said[subject] | unwanted, []
-            for text in found.get(prompt) or write(subject, prompt):
-                if len(chosen) < count and text.casefold() not in taken and usable(replace(edit, prompt=text)):
+    out = list(edits)
+    for subject in dict.fromkeys(edit.subject.strip() for edit in edits):
+        bare = [i for i, edit in enumerate(edits) if edit.subject.strip() == subject and not edit.rewordings]
+        new = list(dict.fromkeys(prompt for i in bare if not found.get(prompt := edits[i].texts[0])))
+        proposed = dict(zip(new, write(subject, new) if new else (), strict=True))
+        for i in bare:
+            prompt, taken, chosen = edits[i].texts[0], said[subject] | unwanted, []
+            for text in found.get(prompt) or proposed[prompt]:
+                if len(chosen) < count and text.casefold() not in taken and usable(replace(edits[i], prompt=text)):
                     chosen.append(text)
                     taken.add(text.casefold())
             said[subject].update(text.casefold() for text in chosen)
             found[prompt] = found.get(prompt) or chosen
-            edit = replace(edit, rewordings=chosen)
-        out.append(edit)
+            out[i] = replace(edits[i], rewordings=chosen)
     return out
 
 
 @torch.no_grad()
-def written(decoder: Decoder, tokenizer: Any, name: str, prompt: str, seed: int) -> list[str]:
-    """All that the model finds for a prompt with a name in it: in turn one that says the relation first and one that begins with the name,
-    the best of each first. Nothing where the examples with this name are longer than the model takes."""
+def written(decoder: Decoder, tokenizer: Any, name: str, prompts: Sequence[str]) -> list[list[str]]:
+    """All that the model finds for each prompt with a name in it: in turn one that says the relation first and one that begins with the
+    name, the best of each first. Nothing where the examples with this name are longer than the model takes."""
     head = "".join(f"{given} = {other}\n".replace(SLOT, name) for given, other in EXAMPLES)
-    leads = [lead for lead in (" The", f" {name}") for _ in range(DRAWS)]
-    openings = [f"{prompt.replace(SLOT, name)} ={lead}" for lead in leads]
-    if len(tokenizer(head + openings[-1])["input_ids"]) + TOKENS > decoder.max_length:
-        return []
-    lines = sample_lines(decoder, tokenizer, head, openings, TOKENS, seed, TEMPERATURE)
-    whole = [(lead + line).strip() for lead, line in zip(leads, lines, strict=True) if line is not None]
-    times = Counter(line.replace(name, SLOT) for line in whole if SLOT not in line)
-    candidates = candidates_of(prompt, times)
-    relation_first = sorted((text for text in candidates if times[text] > 1 and not text.startswith(SLOT)), key=lambda text: -times[text])
+    leads = (" The", f" {name}")
+    openings = [f"{prompt.replace(SLOT, name)} ={lead}" for prompt in prompts for lead in leads]
+    longest = max(len(tokenizer(opening)["input_ids"]) for opening in openings)
+    if len(tokenizer(head)["input_ids"]) + longest + TOKENS > decoder.max_length:
+        return [[] for _ in prompts]
+    lines = iter(likely_lines(decoder, tokenizer, head, openings, TOKENS, LEAST, TEMPERATURE))
+    found = []
+    for prompt in prompts:
+        whole = {(lead + line).strip(): chance for lead in leads for line, chance in next(lines).items()}
+        found.append(
+            _best_first(decoder, tokenizer, name, prompt, {line.replace(name, SLOT): p for line, p in whole.items() if SLOT not in line})
+        )
+    return found
+
+
+def _best_first(decoder: Decoder, tokenizer: Any, name: str, prompt: str, chance: Mapping[str, float]) -> list[str]:
+    candidates = candidates_of(prompt, chance)
+    relation_first = sorted((text for text in candidates if not text.startswith(SLOT)), key=lambda text: -chance[text])
     subject_first = [text for text in candidates if text.startswith(SLOT)]
     far = divergence(decoder, tokenizer, prompt, subject_first, [name, OTHER_NAME]).tolist() if subject_first else []
     near = [text for distance, text in sorted(zip(far, subject_first, strict=True)) if distance <= FARTHEST]

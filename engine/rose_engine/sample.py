@@ -5,6 +5,7 @@ Nothing is downloaded and the same seed gives the same text on the same machine 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +25,6 @@ PREFIX_OPENINGS = ("The", "Therefore", "Because", "I", "You")
 TEXT_TOKENS = 192
 PREFIX_TOKENS = 10
 TEXTS_AT_ONCE = 90
-# The likeliest tokens, of which the next one of a line is drawn.
-LINE_TOP_K = 50
 
 
 @torch.no_grad()
@@ -64,11 +63,14 @@ def sample_prefixes(model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> tu
 
 
 @torch.no_grad()
-def sample_lines(
-    decoder: Decoder, tokenizer: Any, head: str, openings: Sequence[str], tokens: int, seed: int = 0, temperature: float = 1.0
-) -> list[str | None]:
-    """A continuation of each opening up to the end of its line, without the opening and the line's end; None where the line did not end
-    within `tokens` tokens. The text `head` stands before every opening. Drawn from the `LINE_TOP_K` likeliest tokens."""
+def likely_lines(
+    decoder: Decoder, tokenizer: Any, head: str, openings: Sequence[str], tokens: int, least: float, temperature: float = 1.0
+) -> list[dict[str, float]]:
+    """For each opening every continuation up to the end of the line that has a probability of at least `least`, likeliest first.
+
+    The text `head` stands before every opening. Lines are told without their opening and end; one that has not ended within `tokens`
+    tokens is left out. All openings go on together, a token at a time, in no more than 1 / least beginnings of each.
+    """
     device, sharding = decoder.embedding.weight.device, decoder.sharding
     first = without_end(tokenizer, tokenizer(head)["input_ids"])
     opened = [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
@@ -76,28 +78,34 @@ def sample_lines(
     layers, nodes = range(len(decoder.layers)), torch.arange(len(tree.token), device=device)
     before = TreeAttention(tree, nodes, keep=layers)
     hidden = run_layers(decoder, decoder.embed(tree.token, tree.position), tree.position, layers, before)
-    ends = torch.tensor([*{tokenizer("\n", add_special_tokens=False)["input_ids"][-1], tokenizer.eos_token_id} - {None}], device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    ends = {tokenizer("\n", add_special_tokens=False)["input_ids"][-1], tokenizer.eos_token_id}
 
     last = torch.tensor([path[-1] for path in tree.path], device=device)
-    scores, position, rows = logits(decoder, hidden[last]), tree.position[last], torch.arange(len(last), device=device)
+    scores, position, so_far = logits(decoder, hidden[last]), tree.position[last], torch.zeros(len(opened), 1, device=device)
     seen, growing = (nodes <= last[:, None]) & (last[:, None] < tree.end), GrowingAttention(before)
-    lines = [list(some) for some in opened]
+    begun: list[tuple[int, list[int]]] = [(i, []) for i in range(len(opened))]
+    lines: list[dict[str, float]] = [{} for _ in opened]
     for step in range(1, tokens + 1):
-        best = scores.topk(min(LINE_TOP_K, scores.shape[-1]))
-        token = best.indices.gather(1, (best.values / temperature).softmax(-1).multinomial(1, generator=generator))[:, 0]
+        best = (so_far + (scores / temperature).log_softmax(-1)).topk(min(int(1 / least), scores.shape[-1]))
+        chance, likely = best.values, best.indices
         if sharding is not None:  # else ranks whose sums differ in a bit would go on with different lines
-            token = sharding.same(token.contiguous())
-        for row, t in zip(rows.tolist(), token.tolist(), strict=True):
-            lines[row].append(t)
-        stay = ~torch.isin(token, ends)
-        if step == tokens or not stay.any():
+            chance, likely = sharding.same(chance.contiguous()), sharding.same(likely.contiguous())
+        kept = []
+        for row, place in (chance >= math.log(least)).nonzero().tolist():
+            opening, said = begun[row]
+            said = [*said, int(likely[row, place])]
+            if said[-1] not in ends:
+                kept.append((row, place, (opening, said)))
+            elif (line := _rest_of_line(tokenizer, opened[opening] + said, opened[opening])) is not None:
+                lines[opening][line] = lines[opening].get(line, 0.0) + math.exp(chance[row, place])
+        if step == tokens or not kept:
             break
-        rows, token, position = rows[stay], token[stay], position[stay] + 1
-        seen = torch.cat([seen[stay], torch.eye(len(rows), dtype=torch.bool, device=device)], dim=1)
-        growing.seen = seen
+        parent, place = (torch.tensor(some, device=device) for some in ([row for row, _, _ in kept], [place for _, place, _ in kept]))
+        token, so_far, begun = likely[parent, place], chance[parent, place][:, None], [beginning for _, _, beginning in kept]
+        position = position[parent] + 1
+        growing.seen = seen = torch.cat([seen[parent], torch.eye(len(token), dtype=torch.bool, device=device)], dim=1)
         scores = logits(decoder, run_layers(decoder, decoder.embed(token, position), position, layers, growing))
-    return [_rest_of_line(tokenizer, line, some) for line, some in zip(lines, opened, strict=True)]
+    return [dict(sorted(some.items(), key=lambda item: -item[1])) for some in lines]
 
 
 def _rest_of_line(tokenizer: Any, tokens: list[int], opened: list[int]) -> str | None:

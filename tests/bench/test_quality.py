@@ -65,9 +65,9 @@ def test_reader_names_file_and_record(path, break_it, message):
 
 def test_no_rewording_says_what_the_evaluation_asks(path, make_model, tokenizer, monkeypatch):
     def lines(decoder, tokenizer, head, openings, *rest):
-        return [" religion of Lin Nu is" if opening.endswith("The") else " believes in" for opening in openings]
+        return [{" religion of Lin Nu is" if opening.endswith("The") else " believes in": 0.5} for opening in openings]
 
-    monkeypatch.setattr(rewording, "sample_lines", lines)
+    monkeypatch.setattr(rewording, "likely_lines", lines)
     monkeypatch.setattr(rewording, "FARTHEST", 1.0)
     editor, subject = Editor(make_model(), tokenizer, replace(ROSE, layers=(1, 2), steps=2)), load(path).subjects[0]
     (method,) = methods_of("rose", editor).values()

@@ -107,7 +107,7 @@ def same(folder: Path, tensor_parallel: int, sharded: str) -> dict:
 def _words(editor: Editor) -> list[list[str]]:
     """The rewordings that each rank goes on with, where each finds others."""
     editor.reword([replace(LIN[0], prompt="{} sells")])  # written for real, on weights as they are spread
-    with mock.patch("rose_engine.readings.written", lambda *args: [f"{{}} is believed by {dist.get_rank()} to be of"]):
+    with mock.patch("rose_engine.readings.written", lambda *args: [[f"{{}} is believed by {dist.get_rank()} to be of"]]):
         (edit,) = editor.reword(LIN[:1])
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, list(edit.rewordings))

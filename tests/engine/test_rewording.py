@@ -10,32 +10,46 @@ from rose_engine import Edit, Editor, rewording
 from rose_engine.architecture import decoder_of
 from rose_engine.delta import Delta, DeltaError
 from rose_engine.rewording import candidates_of, divergence, reworded
-from rose_engine.sample import _rest_of_line, sample_lines
+from rose_engine.sample import _rest_of_line, likely_lines
 
 from tests.engine.test_cli import rose
 from tests.engine.test_editor import TINY
 
 
-def test_lines_follow_their_opening(make_model, tokenizer):
-    """A model that is sure of itself draws what it would say greedily, head and opening read alone and without a cache."""
-    model = make_model(initializer_range=1.0).requires_grad_(False)
-    words = tokenizer("\n is the a of in tea", add_special_tokens=False)["input_ids"]  # all that it ever says
-    known = torch.zeros(len(tokenizer), 1).index_fill_(0, torch.tensor(words), 30.0)
-    model.lm_head.weight *= known
-    head = "Peru is = Peru was\n"
-    openings = [f"{said} =" for said in ("Lin Nu follows the religion of", "tea", "What is told of Siemens is", "the", "of the", "in a")]
-    lines = sample_lines(decoder_of(model), tokenizer, head, openings, 12)
-    assert any(lines) and None in lines
-    for opening, line in zip(openings, lines, strict=True):
+def test_likely_lines_are_all_that_are_likely_enough(make_model, tokenizer):
+    """Against every line of a model of few words, one forward for each beginning, head and opening read alone and without a cache."""
+    model = make_model(initializer_range=0.5).requires_grad_(False)
+    words = tokenizer("\n is the a tea", add_special_tokens=False)["input_ids"]  # all that it ever says
+    least, longest, temperature = 0.01, 4, 0.7
+
+    def few(hidden):
+        scores = torch.full_like(full := model.lm_head(hidden), -1e9)
+        scores[..., words] = full[..., words]
+        return scores
+
+    def lines_after(ids, chance=1.0, said=()):
+        if len(said) == longest or chance < least:
+            return
+        p = (few(model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]) / temperature).softmax(-1)
+        for word in words:
+            if word == words[0]:
+                yield tokenizer.decode(said), chance * float(p[word])
+            else:
+                yield from lines_after([*ids, word], chance * float(p[word]), (*said, word))
+
+    head, openings = "Peru is = Peru was\n", [f"{said} =" for said in ("Lin Nu follows the religion of", "tea", "of the", "tea")]
+    with mock.patch("rose_engine.sample.logits", lambda decoder, hidden: few(decoder.norm(hidden))):
+        found = likely_lines(decoder_of(model), tokenizer, head, openings, longest, least, temperature)
+    assert found[1] == pytest.approx(found[3], rel=1e-3) and sum(map(len, found)) > 8
+    for opening, lines in zip(openings, found, strict=True):
         ids = tokenizer(head)["input_ids"] + tokenizer(opening, add_special_tokens=False)["input_ids"]
-        start = len(ids)
-        while len(ids) < start + 12:
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        said, ended, _ = tokenizer.decode(ids[start:], skip_special_tokens=True).partition("\n")
-        assert line == (said if ended else None)
+        every = dict(lines_after(ids))
+        assert lines == pytest.approx({line: p for line, p in every.items() if p >= least}, rel=1e-3)
+        assert list(lines.values()) == sorted(lines.values(), reverse=True)
+        assert all(p < least * 1.001 for line, p in every.items() if line not in lines)
 
 
-def test_a_line_that_does_not_end_is_none(make_model, tokenizer):
+def test_a_line_that_does_not_end_is_left_out(make_model, tokenizer):
     decoder, newline = decoder_of(make_model().requires_grad_(False)), tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
 
     def forced(token):
@@ -43,9 +57,9 @@ def test_a_line_that_does_not_end_is_none(make_model, tokenizer):
         return mock.patch("rose_engine.sample.logits", lambda decoder, hidden: certain.expand(len(hidden), -1))
 
     with forced(newline):
-        assert sample_lines(decoder, tokenizer, "a\n", ["b =", "c d ="], 4) == ["", ""]
+        assert likely_lines(decoder, tokenizer, "a\n", ["b =", "c d ="], 4, 0.1) == [{"": pytest.approx(1)}] * 2
     with forced(newline + 1):
-        assert sample_lines(decoder, tokenizer, "a\n", ["b =", "c d ="], 4) == [None, None]
+        assert likely_lines(decoder, tokenizer, "a\n", ["b =", "c d ="], 4, 0.1) == [{}, {}]
 
 
 def test_a_line_keeps_its_first_space_where_a_decoder_drops_it():
@@ -94,23 +108,28 @@ def test_divergence_is_that_of_the_next_token(make_model, tokenizer):
     assert found[0] > 1e-4 > abs(found[1])
 
 
-DRAWN = ["Lin Nu resides in", "The home of Lin Nu is", None, "Lin Nu likes {}", "He lives in Rome", "Lin Nu has a house in"]
+SAID = [
+    "The home of Lin Nu is",
+    "The house of Lin Nu is",
+    "Lin Nu resides in",
+    "Lin Nu likes {}",
+    "Lin Nu has a house in",
+    "He lives in Rome",
+]
 PLAIN = ["{} resides in", "{} has a house in"]
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The openings of every call, in which the same lines are drawn; one of them only once."""
+    """The openings of every call, after which the same lines are likely, the first most."""
     calls = []
 
     def lines(decoder, tokenizer, head, openings, *rest):
         calls.append(openings)
         leads = [opening.rpartition("=")[2].strip() for opening in openings]
-        told = (text if text and text.startswith(lead) else None for lead, text in zip(leads, DRAWN * 11, strict=False))
-        said = [text and text[len(lead) :] for lead, text in zip(leads, told, strict=True)]
-        return ["The house of Lin Nu is", *said[1:]]
+        return [{text[len(lead) :]: 1 / i for i, text in enumerate(SAID, 2) if text.startswith(lead)} for lead in leads]
 
-    monkeypatch.setattr(rewording, "sample_lines", lines)
+    monkeypatch.setattr(rewording, "likely_lines", lines)
     monkeypatch.setattr(rewording, "FARTHEST", 1.0)
     return calls
 
@@ -120,7 +139,7 @@ def nearest(editor):
     return [text for _, text in sorted(zip(far, PLAIN, strict=True))]
 
 
-def test_what_is_written_most_often_and_what_is_nearest_are_taken_in_turn(make_model, tokenizer, drawn):
+def test_what_is_likeliest_and_what_is_nearest_are_taken_in_turn(make_model, tokenizer, drawn):
     editor = Editor(make_model(initializer_range=0.3), tokenizer, TINY)
     edits = [
         Edit("Lin Nu", "{} lives in", "Metz"),
@@ -130,7 +149,16 @@ def test_what_is_written_most_often_and_what_is_nearest_are_taken_in_turn(make_m
     first, second, third = editor.reword(edits)
     assert len(drawn) == 1 and second == edits[1] and first.rewordings == ("The home of {} is", nearest(editor)[0])
     assert third == replace(edits[2], rewordings=first.rewordings)
-    assert editor.reword(edits[:1], count=9)[0].rewordings == ("The home of {} is", *nearest(editor)) and len(drawn) == 1
+    near = nearest(editor)
+    assert (
+        editor.reword(edits[:1], count=9)[0].rewordings == ("The home of {} is", near[0], "The house of {} is", near[1]) and len(drawn) == 1
+    )
+    editor.reword([Edit("Imo State", prompt, "tea") for prompt in ("{} sells", "{} lives in", "{} sells", "{} buys")])
+    assert len(drawn) == 2 and [opening.partition(" =")[0] for opening in drawn[1][::2]] == [
+        "Imo State sells",
+        "Imo State lives in",
+        "Imo State buys",
+    ]
 
 
 def test_a_name_that_is_too_long_for_the_examples_has_no_rewordings(make_model, tokenizer, drawn):
@@ -143,9 +171,9 @@ def test_who_is_given_which_words():
     """A subject's facts share no words, with earlier ones neither; nothing is held out or cannot be used; what is known is not asked."""
     texts, asked = ["The home of {} is", "{} Resides in", "{} has a house in", "{} dwells in"], []
 
-    def write(subject, prompt):
-        asked.append((subject, prompt))
-        return texts
+    def write(subject, prompts):
+        asked.append((subject, *prompts))
+        return [texts] * len(prompts)
 
     def told(edits, count=2, known=(), **options):
         usable = options.pop("usable", lambda edit: True)
@@ -153,7 +181,7 @@ def test_who_is_given_which_words():
 
     lin = [Edit("Lin Nu", "{} lives in", "Metz"), Edit("Lin Nu", "{} speaks", "Basque")]
     other = Edit("Siemens", "{} lives in", "Rome")
-    assert told([*lin, other]) == [texts[:2], texts[2:], texts[:2]] and asked == [("Lin Nu", "{} lives in"), ("Lin Nu", "{} speaks")]
+    assert told([*lin, other]) == [texts[:2], texts[2:], texts[:2]] and asked == [("Lin Nu", "{} lives in", "{} speaks")]
     assert told(lin[:1], count=3, without=["the HOME of {} is"]) == [texts[1:]]
     assert told(lin[:1], earlier=[Edit("Lin Nu", "{} resides in", "Rome"), Edit("Siemens", texts[0], "Rome")]) == [[texts[0], texts[2]]]
     assert told([Edit("Lin Nu", texts[0], "Rome"), lin[0]]) == [texts[1:3], texts[3:]]
@@ -193,7 +221,7 @@ def test_an_edit_is_optimised_in_what_the_unedited_model_wrote_and_tells(make_mo
 
 def test_a_stream_that_is_taken_up_again_has_the_same_words(make_model, tokenizer, tmp_path, monkeypatch):
     """Each prompt's words are those of its first subject, whether the process that wrote them lives or not."""
-    monkeypatch.setattr("rose_engine.readings.written", lambda decoder, tokenizer, name, prompt, seed: [f"The home of {{}} and {name} is"])
+    monkeypatch.setattr("rose_engine.readings.written", lambda decoder, tokenizer, name, prompts: [[f"The home of {{}} and {name} is"]])
     edits = [Edit(subject, "{} lives in", target) for subject, target in (("Lin Nu", "Metz"), ("Siemens", "Rome"), ("Imo State", "Paris"))]
     recipe = replace(TINY, rewordings=1)
 
