@@ -193,7 +193,7 @@ class Editor:
             with self._unedited():
                 unedited = seen.read(self.decoder)
             clock("certify")
-        bystanders = self._bystanders(known, before_these, recipe.bystanders)
+        bystanders = self._bystanders(told, before_these, recipe.bystanders)
         with all_or_nothing(self.weights(recipe.layers).values()):
             held = partial(self._preconditioner, recipe, names)
             written = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe, held, bystanders)
@@ -385,9 +385,13 @@ class Editor:
             raise ValueError(f"{what} needs whole weights, and these are spread over ranks; make the edit first, then load its delta")
 
     def _bystanders(self, edits: Sequence[Edit], earlier: Sequence[Edit], count: int) -> list[Row]:
-        """Rows of bystanders: about `count` in the prompts of these edits, and as many in other prompts of earlier ones."""
-        prompts = {edit.prompt for edit in edits}
-        others = [edit for edit in earlier if edit.prompt not in prompts]
+        """Rows of bystanders: about `count` in the words of these edits, and as many in those of earlier ones with other prompts."""
+        prompts, found = {edit.prompt for edit in edits}, rewordings_in(self._applied)
+        others = [
+            edit if edit.rewordings else replace(edit, rewordings=found.get(edit.texts[0], ()))
+            for edit in earlier
+            if edit.prompt not in prompts
+        ]
         return [
             row
             for some in (edits, others)

@@ -309,8 +309,8 @@ def regulariser_row(subject: str, tokenizer: Any) -> Row:
 
 
 def bystander_rows(edits: Sequence[Edit], tokenizer: Any, count: int, spoken: Sequence[Edit] = ()) -> list[Row]:
-    """Prompts of the edits about other subjects, as statements and in the chat template in turn: about `count`, each name once a
-    prompt, so no more than there are names for each.
+    """Prompts of the edits and their rewordings about other subjects, as statements and in the chat template in turn: about `count`, as
+    many for every text, with other names for each as long as there are any; a name stands in a text once.
 
     What they are read for are the keys of all their tokens, which the write is to leave alone; they have no target. Names
     that these edits or those of `spoken` speak of, as subject or target, are passed over.
@@ -318,12 +318,13 @@ def bystander_rows(edits: Sequence[Edit], tokenizer: Any, count: int, spoken: Se
     said = " ".join(f"{edit.subject} {edit.target}" for edit in (*edits, *spoken)).casefold()
     edited = {edit.subject.strip().casefold() for edit in (*edits, *spoken)}
     names = [name for name in BYSTANDERS if name.casefold() not in said and not any(s in name.casefold() for s in edited)]
-    prompts = list(dict.fromkeys(edit.prompt for edit in edits))[:count]
+    texts = list(dict.fromkeys([*(edit.prompt for edit in edits), *(text for edit in edits for text in edit.rewordings)]))[:count]
+    each = -(-count // max(1, len(texts)))
     forms = (STATEMENT, CHAT_QUESTION) if tokenizer.chat_template else (STATEMENT,)
     rows = []
-    for i, name in enumerate(names[: -(-count // max(1, len(prompts)))]):
-        for j, prompt in enumerate(prompts):
-            row = row_of(Edit(name, prompt, "-"), forms[(i + j) % len(forms)], tokenizer)
+    for i in range(min(each, len(names))):
+        for j, text in enumerate(texts):
+            row = row_of(Edit(names[(j * each + i) % len(names)], text, "-"), forms[(i + j) % len(forms)], tokenizer)
             rows.append(replace(row, tokens=row.tokens[: row.target]))
     return rows
 

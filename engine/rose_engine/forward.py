@@ -171,7 +171,7 @@ def logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     return capped(wide(scores(decoder.norm(hidden), decoder.head)), decoder.softcap)
 
 
-def _target_nll(decoder: Decoder, hidden: Tensor, target: Tensor) -> Tensor:
+def target_nll_of(decoder: Decoder, hidden: Tensor, target: Tensor) -> Tensor:
     """-log P [T] of targets [T] after top-layer hidden states [T, d]."""
     if isinstance(decoder.head, DTensor):
         return -logits(decoder, hidden).log_softmax(-1).gather(1, target[:, None])[:, 0]
@@ -208,7 +208,7 @@ def suffix_nll(batch: Batch, delta: Tensor, subject: Tensor) -> Tensor:
     s, p = batch.suffixes, batch.prepared
     hidden = inject(batch.hidden, delta, s.start, subject)
     if p.blocks is None:
-        return _target_nll(p.decoder, run_layers(p.decoder, hidden, s.position, p.layers, batch.layout)[s.predict], s.target)
+        return target_nll_of(p.decoder, run_layers(p.decoder, hidden, s.position, p.layers, batch.layout)[s.predict], s.target)
     top, _ = block.forward(p.blocks, batch.layout, hidden, s.predict, p.space)
     top = rms_norm(top, *block.norm_of(p.decoder.norm))
     return target_nll(top, p.decoder.head, s.target, p.decoder.softcap)
@@ -220,7 +220,7 @@ def _library_step(batch: Batch, hidden: Tensor, count: Tensor) -> tuple[Tensor, 
     hidden.requires_grad_()
     with torch.enable_grad():
         top = run_layers(decoder, hidden, s.position, batch.prepared.layers, batch.layout)
-        nll = _target_nll(decoder, top[s.predict], s.target)
+        nll = target_nll_of(decoder, top[s.predict], s.target)
         loss = (nll / count[s.target_row]).sum()
         kl = nll.new_zeros(0)
         if len(batch.neutral):

@@ -2,8 +2,10 @@
 
 A value that was optimised in the words of a prompt is not always found by others that mean the same (docs/value-generalisation.md). The
 model reads pairs of sentence beginnings that mean the same, then the prompt with its subject, and every line that it may well write next
-to it is read off. Two kinds are told apart. Of those that say the relation before the subject the likeliest is the best; of those that
-begin with the subject the nearest: after it the model goes on most as after the prompt, by the Jensen-Shannon divergence of the next token.
+to it is read off. Two kinds are told apart: such as say the relation before the subject, and such as begin with the subject; after the
+second kind the model must go on much as after the prompt, by the Jensen-Shannon divergence of the next token. The best of a kind is what
+the model writes beside the prompt and beside which it would write the prompt: the product of both probabilities, of which the second is
+low for what says less.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from rose_engine.architecture import Decoder
 from rose_engine.edits import SLOT, Edit
 from rose_engine.forms import BYSTANDERS, without_end
 from rose_engine.forward import logits, run_tree, tree_on
-from rose_engine.sample import likely_lines
+from rose_engine.sample import chances_of_lines, likely_lines
 
 # Beginnings of sentences beside the same in other words, the subject at the head in some, at the end in others.
 EXAMPLES = (
@@ -39,6 +41,7 @@ EXAMPLES = (
 FUNCTION_WORDS = {"a", "an", "the", "is", "are", "was", "were", "has", "had", "of", "in", "by", "on", "at", "to", "that", "which", "who"}
 NAMED = re.compile(rf"(?<!\w){re.escape(SLOT)}(?!\w)")
 LEAST = 0.01  # probability of a line, among those that begin with "The" or those that begin with the subject
+READ_BACK = 8  # candidates of each kind that are read back
 TOKENS = 14  # of a rewording, at most
 TEMPERATURE = 0.7
 OTHER_NAME = BYSTANDERS[0]  # beside the subject in measuring how near two prompts are
@@ -85,29 +88,35 @@ def reworded(
 def written(decoder: Decoder, tokenizer: Any, name: str, prompts: Sequence[str]) -> list[list[str]]:
     """All that the model finds for each prompt with a name in it: in turn one that says the relation first and one that begins with the
     name, the best of each first. Nothing where the examples with this name are longer than the model takes."""
-    head = "".join(f"{given} = {other}\n".replace(SLOT, name) for given, other in EXAMPLES)
-    leads = (" The", f" {name}")
-    openings = [f"{prompt.replace(SLOT, name)} ={lead}" for prompt in prompts for lead in leads]
-    longest = max(len(tokenizer(opening)["input_ids"]) for opening in openings)
-    if len(tokenizer(head)["input_ids"]) + longest + TOKENS > decoder.max_length:
+    named = lambda text: text.replace(SLOT, name)  # noqa: E731
+    head = "".join(f"{named(given)} = {named(other)}\n" for given, other in EXAMPLES)
+    leads, beside = (" The", f" {name}"), [f"{named(prompt)} =" for prompt in prompts]
+    longest = max(len(tokenizer(text)["input_ids"]) for text in beside)
+    if len(tokenizer(head + leads[1])["input_ids"]) + longest + TOKENS > decoder.max_length:
         return [[] for _ in prompts]
-    lines = iter(likely_lines(decoder, tokenizer, head, openings, TOKENS, LEAST, TEMPERATURE))
-    found = []
+    lines = iter(likely_lines(decoder, tokenizer, head, [text + lead for text in beside for lead in leads], TOKENS, LEAST, TEMPERATURE))
+    proposed = []  # prompt, text, the logarithm of its probability
     for prompt in prompts:
         whole = {(lead + line).strip(): chance for lead in leads for line, chance in next(lines).items()}
-        found.append(
-            _best_first(decoder, tokenizer, name, prompt, {line.replace(name, SLOT): p for line, p in whole.items() if SLOT not in line})
-        )
+        chances = {line.replace(name, SLOT): chance for line, chance in whole.items() if SLOT not in line}
+        proposed += [(prompt, text, math.log(chances[text])) for text in _worth_reading(decoder, tokenizer, name, prompt, chances)]
+    back = chances_of_lines(decoder, tokenizer, head, [(f"{named(text)} =", f" {named(prompt)}") for prompt, text, _ in proposed])
+    best = sorted(((there + again, prompt, text) for (prompt, text, there), again in zip(proposed, back, strict=True)), reverse=True)
+    found = []
+    for prompt in prompts:
+        texts = [text for _, of, text in best if of == prompt]
+        relation_first, subject_first = ([text for text in texts if text.startswith(SLOT) is begins] for begins in (False, True))
+        found.append([text for pair in zip_longest(relation_first, subject_first) for text in pair if text])
     return found
 
 
-def _best_first(decoder: Decoder, tokenizer: Any, name: str, prompt: str, chance: Mapping[str, float]) -> list[str]:
-    candidates = candidates_of(prompt, chance)
-    relation_first = sorted((text for text in candidates if not text.startswith(SLOT)), key=lambda text: -chance[text])
+def _worth_reading(decoder: Decoder, tokenizer: Any, name: str, prompt: str, chances: Mapping[str, float]) -> list[str]:
+    """The likeliest candidates of each kind, those that begin with the subject where the model goes on as after the prompt."""
+    candidates = sorted(candidates_of(prompt, chances), key=lambda text: -chances[text])
     subject_first = [text for text in candidates if text.startswith(SLOT)]
     far = divergence(decoder, tokenizer, prompt, subject_first, [name, OTHER_NAME]).tolist() if subject_first else []
-    near = [text for distance, text in sorted(zip(far, subject_first, strict=True)) if distance <= FARTHEST]
-    return [text for pair in zip_longest(relation_first, near) for text in pair if text]
+    near = [text for text, distance in zip(subject_first, far, strict=True) if distance <= FARTHEST]
+    return [text for text in candidates if not text.startswith(SLOT)][:READ_BACK] + near[:READ_BACK]
 
 
 def candidates_of(prompt: str, lines: Iterable[str]) -> list[str]:

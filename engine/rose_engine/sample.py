@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from rose_engine.architecture import Decoder
 from rose_engine.attention import GrowingAttention, TreeAttention
 from rose_engine.forms import without_end
-from rose_engine.forward import logits, run_layers, tree_on
+from rose_engine.forward import logits, run_layers, run_tree, target_nll_of, tree_on
 
 # What sampled texts begin with; common first words, so that what follows is of many kinds.
 OPENINGS = ("The", "In", "A", "It", "He", "She", "This", "When", "One", "During", "There", "We", "If", "On", "At", "For", "What", "\n")
@@ -106,6 +106,24 @@ def likely_lines(
         growing.seen = seen = torch.cat([seen[parent], torch.eye(len(token), dtype=torch.bool, device=device)], dim=1)
         scores = logits(decoder, run_layers(decoder, decoder.embed(token, position), position, layers, growing))
     return [dict(sorted(some.items(), key=lambda item: -item[1])) for some in lines]
+
+
+@torch.no_grad()
+def chances_of_lines(decoder: Decoder, tokenizer: Any, head: str, lines: Sequence[tuple[str, str]]) -> list[float]:
+    """The logarithm of each line's probability, its end included, after the text `head` and its opening; a line is (opening, rest)."""
+    if not lines:
+        return []
+    device = decoder.embedding.weight.device
+    first = without_end(tokenizer, tokenizer(head)["input_ids"])
+    plain = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    opened, rest = [first + plain(opening) for opening, _ in lines], [plain(f"{line}\n") for _, line in lines]
+    tree = tree_on([before + after for before, after in zip(opened, rest, strict=True)], device)
+    hidden = run_tree(decoder, tree, range(len(decoder.layers)))
+    asked = torch.tensor([node for path, some in zip(tree.path, opened, strict=True) for node in path[len(some) - 1 : -1]], device=device)
+    nll = target_nll_of(decoder, hidden[asked], torch.tensor([token for some in rest for token in some], device=device))
+    if decoder.sharding is not None:
+        decoder.sharding.same(nll)
+    return [-float(some.sum()) for some in nll.split([len(some) for some in rest])]
 
 
 def _rest_of_line(tokenizer: Any, tokens: list[int], opened: list[int]) -> str | None:

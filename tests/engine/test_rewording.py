@@ -1,6 +1,7 @@
 """Rewordings of prompts: what is sampled, what is kept, how far it is from the prompt."""
 
 import json
+import math
 from dataclasses import replace
 from unittest import mock
 
@@ -10,7 +11,7 @@ from rose_engine import Edit, Editor, rewording
 from rose_engine.architecture import decoder_of
 from rose_engine.delta import Delta, DeltaError
 from rose_engine.rewording import candidates_of, divergence, reworded
-from rose_engine.sample import _rest_of_line, likely_lines
+from rose_engine.sample import _rest_of_line, chances_of_lines, likely_lines
 
 from tests.engine.test_cli import rose
 from tests.engine.test_editor import TINY
@@ -47,6 +48,19 @@ def test_likely_lines_are_all_that_are_likely_enough(make_model, tokenizer):
         assert lines == pytest.approx({line: p for line, p in every.items() if p >= least}, rel=1e-3)
         assert list(lines.values()) == sorted(lines.values(), reverse=True)
         assert all(p < least * 1.001 for line, p in every.items() if line not in lines)
+
+
+def test_chances_of_lines_are_the_products_of_their_tokens(make_model, tokenizer):
+    model = make_model(initializer_range=0.3).requires_grad_(False)
+    head, lines = "Peru is = Peru was\n", [("tea =", " Lin Nu follows"), ("tea =", " Lin"), ("The religion of Lin Nu is =", " of the")]
+    found = chances_of_lines(decoder_of(model), tokenizer, head, lines)
+    exact = model.double()
+    for (opening, line), chance in zip(lines, found, strict=True):
+        before = tokenizer(head)["input_ids"] + tokenizer(opening, add_special_tokens=False)["input_ids"]
+        rest = tokenizer(f"{line}\n", add_special_tokens=False)["input_ids"]
+        logp = exact(input_ids=torch.tensor([before + rest])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        assert chance == pytest.approx(float(logp[torch.arange(len(rest)), rest].sum()), abs=1e-3)
+    assert chances_of_lines(decoder_of(model), tokenizer, head, []) == []
 
 
 def test_a_line_that_does_not_end_is_left_out(make_model, tokenizer):
@@ -108,20 +122,21 @@ def test_divergence_is_that_of_the_next_token(make_model, tokenizer):
     assert found[0] > 1e-4 > abs(found[1])
 
 
-SAID = [
-    "The home of Lin Nu is",
-    "The house of Lin Nu is",
-    "Lin Nu resides in",
-    "Lin Nu likes {}",
-    "Lin Nu has a house in",
-    "He lives in Rome",
-]
-PLAIN = ["{} resides in", "{} has a house in"]
+# What is likely after an opening with its beginning, the likeliest first, and how readily it leads back to the prompt.
+SAID = {
+    "The house of Lin Nu is": 0.1,
+    "The home of Lin Nu is": 0.8,
+    "Lin Nu resides in": 0.2,
+    "Lin Nu likes {}": 0.9,
+    "Lin Nu has a house in": 0.5,
+    "He lives in Rome": 0.9,
+}
+WRITTEN = ("The home of {} is", "{} has a house in", "The house of {} is", "{} resides in")
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The openings of every call, after which the same lines are likely, the first most."""
+    """The openings of every call, after which the same lines are likely."""
     calls = []
 
     def lines(decoder, tokenizer, head, openings, *rest):
@@ -129,17 +144,17 @@ def drawn(monkeypatch):
         leads = [opening.rpartition("=")[2].strip() for opening in openings]
         return [{text[len(lead) :]: 1 / i for i, text in enumerate(SAID, 2) if text.startswith(lead)} for lead in leads]
 
+    def back(decoder, tokenizer, head, lines):
+        return [math.log(SAID[opening.removesuffix(" =")]) for opening, _ in lines]
+
     monkeypatch.setattr(rewording, "likely_lines", lines)
+    monkeypatch.setattr(rewording, "chances_of_lines", back)
     monkeypatch.setattr(rewording, "FARTHEST", 1.0)
     return calls
 
 
-def nearest(editor):
-    far = divergence(editor.decoder, editor.tokenizer, "{} lives in", PLAIN, ["Lin Nu", rewording.OTHER_NAME]).tolist()
-    return [text for _, text in sorted(zip(far, PLAIN, strict=True))]
-
-
-def test_what_is_likeliest_and_what_is_nearest_are_taken_in_turn(make_model, tokenizer, drawn):
+def test_the_best_of_both_kinds_in_turn(make_model, tokenizer, drawn, monkeypatch):
+    """By the product of the probabilities there and back; what is far from the prompt and begins with the subject is none."""
     editor = Editor(make_model(initializer_range=0.3), tokenizer, TINY)
     edits = [
         Edit("Lin Nu", "{} lives in", "Metz"),
@@ -147,18 +162,16 @@ def test_what_is_likeliest_and_what_is_nearest_are_taken_in_turn(make_model, tok
         Edit("Siemens", " {} lives in", "Rome"),
     ]
     first, second, third = editor.reword(edits)
-    assert len(drawn) == 1 and second == edits[1] and first.rewordings == ("The home of {} is", nearest(editor)[0])
+    assert len(drawn) == 1 and second == edits[1] and first.rewordings == WRITTEN[:2]
     assert third == replace(edits[2], rewordings=first.rewordings)
-    near = nearest(editor)
-    assert (
-        editor.reword(edits[:1], count=9)[0].rewordings == ("The home of {} is", near[0], "The house of {} is", near[1]) and len(drawn) == 1
-    )
-    editor.reword([Edit("Imo State", prompt, "tea") for prompt in ("{} sells", "{} lives in", "{} sells", "{} buys")])
-    assert len(drawn) == 2 and [opening.partition(" =")[0] for opening in drawn[1][::2]] == [
-        "Imo State sells",
-        "Imo State lives in",
-        "Imo State buys",
-    ]
+    assert editor.reword(edits[:1], count=9)[0].rewordings == WRITTEN and len(drawn) == 1
+    editor.reword([Edit("Lin Nu", prompt, "tea") for prompt in ("{} sells", "{} lives in", "{} sells", "{} buys")])
+    assert len(drawn) == 2 and [opening.partition(" =")[0] for opening in drawn[1][::2]] == ["Lin Nu sells", "Lin Nu buys"]
+
+    far = divergence(editor.decoder, tokenizer, "{} lives in", [WRITTEN[1], WRITTEN[3]], ["Lin Nu", rewording.OTHER_NAME]).tolist()
+    monkeypatch.setattr(rewording, "FARTHEST", sum(far) / 2)
+    (found,) = rewording.written(editor.decoder, tokenizer, "Lin Nu", ["{} lives in"])
+    assert found == [WRITTEN[0], WRITTEN[1 if far[0] < far[1] else 3], WRITTEN[2]]
 
 
 def test_a_name_that_is_too_long_for_the_examples_has_no_rewordings(make_model, tokenizer, drawn):

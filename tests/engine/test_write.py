@@ -131,6 +131,12 @@ def test_bystanders_are_neither_edited_nor_written(tokenizer):
     assert all(any(name in text for text in texts) for name in BYSTANDERS[2:6])
     assert not any(name in text for text in texts for name in BYSTANDERS[:2])
     assert sum("<|im_start|>" in text for text in texts) == 4
+    reworded = [Edit("Lin Nu", "{} lives in", "Metz", rewordings=["The home of {} is", "{} resides in"])]
+    texts = [tokenizer.decode(row.tokens) for row in bystander_rows(reworded, tokenizer, 12)]
+    asked = [next(part for part in ("lives in", "The home of", "resides in") if part in text) for text in texts]
+    assert len(texts) == 12 and all(asked.count(part) == 4 for part in set(asked))
+    assert all(sum(name in text for text in texts) == 1 for name in BYSTANDERS[:12])  # other names for every text
+    assert len(bystander_rows(reworded, tokenizer, 9 * len(BYSTANDERS))) == 3 * len(BYSTANDERS)
     many = [Edit(f"s{i}", f"{{}} is {i} and", "x") for i in range(90)]
     assert len(bystander_rows(many, tokenizer, 64)) == 64
 
