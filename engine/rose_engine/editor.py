@@ -386,12 +386,12 @@ class Editor:
 
     def _bystanders(self, edits: Sequence[Edit], earlier: Sequence[Edit], count: int) -> list[Row]:
         """Rows of bystanders: about `count` in the words of these edits, and as many in those of earlier ones with other prompts."""
-        prompts, found = {edit.prompt for edit in edits}, rewordings_in(self._applied)
-        others = [
-            edit if edit.rewordings else replace(edit, rewordings=found.get(edit.texts[0], ()))
-            for edit in earlier
-            if edit.prompt not in prompts
-        ]
+        said, found = {text for edit in edits for text in edit.texts}, rewordings_in(self._applied)
+        others = []
+        for edit in earlier:
+            if edit.texts[0] not in said:
+                texts = edit.rewordings or found.get(edit.texts[0], ())
+                others.append(replace(edit, rewordings=[text for text in texts if text not in said]))
         return [
             row
             for some in (edits, others)

@@ -28,7 +28,8 @@ class Recipe:
     "null_space" below null_threshold of E[k k^T] is kept, with ridge. corpus: what E is taken over, `corpus_tokens` tokens of it: "model"
     is text sampled from the model with `seed`; else see `moments.texts_of`. bystanders: how many prompts about other subjects, in the
     edits' words and their rewordings', the write keeps from moving; 0 is none. sequential: "joint" solves a write together with all
-    earlier ones (`memory`) and does a subject's earlier facts again with its new ones; "protect" does the first alone; "plain" neither.
+    earlier ones (`memory`) and does a subject's earlier facts again with its new ones; "protect" does the first alone;
+    "plain" does neither.
     """
 
     name: str = "rose"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -43,7 +44,8 @@ NAMED = re.compile(rf"(?<!\w){re.escape(SLOT)}(?!\w)")
 LEAST = 0.01  # probability of a line, among those that begin with "The" or those that begin with the subject
 READ_BACK = 8  # candidates of each kind that are read back
 TOKENS = 14  # of a rewording, at most
-TEMPERATURE = 0.7
+TEMPERATURE = 0.7  # below 1, so that fewer lines have to be read before the likely ones are known
+AT_ONCE = 8  # prompts of a subject that are written for together
 OTHER_NAME = BYSTANDERS[0]  # beside the subject in measuring how near two prompts are
 FARTHEST = 0.4  # divergence, of at most log 2, beyond which a candidate that begins with the subject means something else
 
@@ -59,7 +61,8 @@ def reworded(
 ) -> list[Edit]:
     """The edits, those without rewordings with at most `count` of them, the best first; none where none was found.
 
-    A prompt's are those in `known`, else of write(subject, prompts), which is asked once a subject, with the first that has the prompt.
+    A prompt's are those in `known`, else of write(subject, prompts), called once for each subject with those of its prompts for which
+    no subject before it was given any.
     Left out is what says the same, in capitals or not, as a text of `without` or as any text of the same subject, here or in `earlier`,
     and what is not usable.
     """
@@ -67,9 +70,11 @@ def reworded(
     said: dict[str, set[str]] = {}
     for edit in (*earlier, *edits):
         said.setdefault(edit.subject.strip(), set()).update(text.casefold() for text in edit.texts)
-    out = list(edits)
-    for subject in dict.fromkeys(edit.subject.strip() for edit in edits):
-        bare = [i for i, edit in enumerate(edits) if edit.subject.strip() == subject and not edit.rewordings]
+    out, of_subject = list(edits), defaultdict(list)
+    for i, edit in enumerate(edits):
+        if not edit.rewordings:
+            of_subject[edit.subject.strip()].append(i)
+    for subject, bare in of_subject.items():
         new = list(dict.fromkeys(prompt for i in bare if not found.get(prompt := edits[i].texts[0])))
         proposed = dict(zip(new, write(subject, new) if new else (), strict=True))
         for i in bare:
@@ -87,27 +92,32 @@ def reworded(
 @torch.no_grad()
 def written(decoder: Decoder, tokenizer: Any, name: str, prompts: Sequence[str]) -> list[list[str]]:
     """All that the model finds for each prompt with a name in it: in turn one that says the relation first and one that begins with the
-    name, the best of each first. Nothing where the examples with this name are longer than the model takes."""
+    name, the best of each first. Nothing where the examples with this name, and the prompt, are longer than the model takes."""
     named = lambda text: text.replace(SLOT, name)  # noqa: E731
     head = "".join(f"{named(given)} = {named(other)}\n" for given, other in EXAMPLES)
-    leads, beside = (" The", f" {name}"), [f"{named(prompt)} =" for prompt in prompts]
-    longest = max(len(tokenizer(text)["input_ids"]) for text in beside)
-    if len(tokenizer(head + leads[1])["input_ids"]) + longest + TOKENS > decoder.max_length:
-        return [[] for _ in prompts]
-    lines = iter(likely_lines(decoder, tokenizer, head, [text + lead for text in beside for lead in leads], TOKENS, LEAST, TEMPERATURE))
-    proposed = []  # prompt, text, the logarithm of its probability
-    for prompt in prompts:
-        whole = {(lead + line).strip(): chance for lead in leads for line, chance in next(lines).items()}
-        chances = {line.replace(name, SLOT): chance for line, chance in whole.items() if SLOT not in line}
-        proposed += [(prompt, text, math.log(chances[text])) for text in _worth_reading(decoder, tokenizer, name, prompt, chances)]
-    back = chances_of_lines(decoder, tokenizer, head, [(f"{named(text)} =", f" {named(prompt)}") for prompt, text, _ in proposed])
-    best = sorted(((there + again, prompt, text) for (prompt, text, there), again in zip(proposed, back, strict=True)), reverse=True)
-    found = []
-    for prompt in prompts:
-        texts = [text for _, of, text in best if of == prompt]
-        relation_first, subject_first = ([text for text in texts if text.startswith(SLOT) is begins] for begins in (False, True))
-        found.append([text for pair in zip_longest(relation_first, subject_first) for text in pair if text])
-    return found
+    leads, room = (" The", f" {name}"), decoder.max_length - TOKENS - len(tokenizer(head)["input_ids"])
+    found: dict[str, list[str]] = {prompt: [] for prompt in prompts}
+    short = [prompt for prompt in found if len(tokenizer(f"{named(prompt)} ={leads[1]}")["input_ids"]) <= room]
+    for some in (short[i : i + AT_ONCE] for i in range(0, len(short), AT_ONCE)):
+        openings = [f"{named(prompt)} ={lead}" for prompt in some for lead in leads]
+        lines = likely_lines(decoder, tokenizer, head, openings, TOKENS, LEAST, TEMPERATURE)
+        there = {prompt: _in_words(name, leads, lines[2 * i : 2 * i + 2]) for i, prompt in enumerate(some)}
+        asked = [(prompt, text) for prompt in some for text in _worth_reading(decoder, tokenizer, name, prompt, there[prompt])]
+        back = chances_of_lines(decoder, tokenizer, head, [(f"{named(text)} =", f" {named(prompt)}") for prompt, text in asked])
+        both: dict[str, list[tuple[float, str]]] = {prompt: [] for prompt in some}
+        for (prompt, text), again in zip(asked, back, strict=True):
+            both[prompt].append((math.log(there[prompt][text]) + again, text))
+        for prompt in some:
+            best = [text for _, text in sorted(both[prompt], reverse=True)]
+            turned, plain = [text for text in best if not text.startswith(SLOT)], [text for text in best if text.startswith(SLOT)]
+            found[prompt] = [text for pair in zip_longest(turned, plain) for text in pair if text]
+    return [found[prompt] for prompt in prompts]
+
+
+def _in_words(name: str, leads: Sequence[str], lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Lines with their leads and with {} in the name's place, and their probabilities."""
+    whole = {(lead + line).strip(): chance for lead, some in zip(leads, lines, strict=True) for line, chance in some.items()}
+    return {line.replace(name, SLOT): chance for line, chance in whole.items() if SLOT not in line}
 
 
 def _worth_reading(decoder: Decoder, tokenizer: Any, name: str, prompt: str, chances: Mapping[str, float]) -> list[str]:
@@ -143,7 +153,8 @@ def divergence(decoder: Decoder, tokenizer: Any, prompt: str, others: Sequence[s
     hidden = run_tree(decoder, tree, range(len(decoder.layers)))
     ends = torch.tensor([path[-1] for path in tree.path], device=hidden.device)
     said = logits(decoder, hidden[ends]).log_softmax(-1).view(len(others) + 1, len(names), -1)
-    return torch.stack([_jensen_shannon(said[0], other).mean() for other in said[1:]])
+    far = torch.stack([_jensen_shannon(said[0], other).mean() for other in said[1:]])
+    return far if decoder.sharding is None else decoder.sharding.same(far)
 
 
 def _jensen_shannon(p: Tensor, q: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 """Text that the model says by itself: what its second moments may be taken over, the prefixes of MEMIT's prompts, lines after a pattern.
 
-Nothing is downloaded and the same seed gives the same text on the same machine and dtype.
+Nothing is downloaded. What is sampled is the same with the same seed, on the same machine and dtype; lines are not sampled, all that are
+likely are read off.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -25,6 +28,8 @@ PREFIX_OPENINGS = ("The", "Therefore", "Because", "I", "You")
 TEXT_TOKENS = 192
 PREFIX_TOKENS = 10
 TEXTS_AT_ONCE = 90
+# Rows of the vocabulary's width that exist at one time where lines are read.
+ROWS = 256
 
 
 @torch.no_grad()
@@ -69,16 +74,15 @@ def likely_lines(
     """For each opening every continuation up to the end of the line that has a probability of at least `least`, likeliest first.
 
     The text `head` stands before every opening. Lines are told without their opening and end; one that has not ended within `tokens`
-    tokens is left out. All openings go on together, a token at a time, in no more than 1 / least beginnings of each.
+    tokens, or ends with the text, is left out. All openings go on together, a token at a time, in at most 1 / least beginnings of each.
     """
     device, sharding = decoder.embedding.weight.device, decoder.sharding
-    first = without_end(tokenizer, tokenizer(head)["input_ids"])
-    opened = [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
+    first, opened = _opened(tokenizer, head, openings)
     tree = tree_on([first + some for some in opened], device)
     layers, nodes = range(len(decoder.layers)), torch.arange(len(tree.token), device=device)
     before = TreeAttention(tree, nodes, keep=layers)
     hidden = run_layers(decoder, decoder.embed(tree.token, tree.position), tree.position, layers, before)
-    ends = {tokenizer("\n", add_special_tokens=False)["input_ids"][-1], tokenizer.eos_token_id}
+    ends_line = cache(lambda token: token == tokenizer.eos_token_id or "\n" in tokenizer.decode([token]))
 
     last = torch.tensor([path[-1] for path in tree.path], device=device)
     scores, position, so_far = logits(decoder, hidden[last]), tree.position[last], torch.zeros(len(opened), 1, device=device)
@@ -86,22 +90,25 @@ def likely_lines(
     begun: list[tuple[int, list[int]]] = [(i, []) for i in range(len(opened))]
     lines: list[dict[str, float]] = [{} for _ in opened]
     for step in range(1, tokens + 1):
-        best = (so_far + (scores / temperature).log_softmax(-1)).topk(min(int(1 / least), scores.shape[-1]))
-        chance, likely = best.values, best.indices
+        best = scores.topk(min(int(1 / least), scores.shape[-1]))
+        chance = so_far + best.values / temperature - (scores / temperature).logsumexp(-1, keepdim=True)
+        likely = best.indices
         if sharding is not None:  # else ranks whose sums differ in a bit would go on with different lines
             chance, likely = sharding.same(chance.contiguous()), sharding.same(likely.contiguous())
-        kept = []
-        for row, place in (chance >= math.log(least)).nonzero().tolist():
-            opening, said = begun[row]
-            said = [*said, int(likely[row, place])]
-            if said[-1] not in ends:
-                kept.append((row, place, (opening, said)))
+        parent, place = (chance >= math.log(least)).nonzero(as_tuple=True)
+        token, so_far = likely[parent, place], chance[parent, place]
+        going, next_begun = [], []
+        for row, t, logarithm in zip(parent.tolist(), token.tolist(), so_far.tolist(), strict=True):
+            opening, said = begun[row][0], [*begun[row][1], t]
+            going.append(not ends_line(t))
+            if going[-1]:
+                next_begun.append((opening, said))
             elif (line := _rest_of_line(tokenizer, opened[opening] + said, opened[opening])) is not None:
-                lines[opening][line] = lines[opening].get(line, 0.0) + math.exp(chance[row, place])
-        if step == tokens or not kept:
+                lines[opening][line] = lines[opening].get(line, 0.0) + math.exp(logarithm)
+        if step == tokens or not next_begun:
             break
-        parent, place = (torch.tensor(some, device=device) for some in ([row for row, _, _ in kept], [place for _, place, _ in kept]))
-        token, so_far, begun = likely[parent, place], chance[parent, place][:, None], [beginning for _, _, beginning in kept]
+        stay, begun = torch.tensor(going, device=device), next_begun
+        parent, token, so_far = parent[stay], token[stay], so_far[stay, None]
         position = position[parent] + 1
         growing.seen = seen = torch.cat([seen[parent], torch.eye(len(token), dtype=torch.bool, device=device)], dim=1)
         scores = logits(decoder, run_layers(decoder, decoder.embed(token, position), position, layers, growing))
@@ -110,20 +117,40 @@ def likely_lines(
 
 @torch.no_grad()
 def chances_of_lines(decoder: Decoder, tokenizer: Any, head: str, lines: Sequence[tuple[str, str]]) -> list[float]:
-    """The logarithm of each line's probability, its end included, after the text `head` and its opening; a line is (opening, rest)."""
-    if not lines:
-        return []
+    """The logarithm of each line's probability, its end included, after the text `head` and its opening; a line is (opening, rest).
+    -inf where that is longer than the model takes."""
+    first, opened = _opened(tokenizer, head, [opening for opening, _ in lines])
+    whole = _opened(tokenizer, head, [f"{opening}{line}\n" for opening, line in lines])[1]
+    short = [i for i, some in enumerate(whole) if len(first) + len(some) <= decoder.max_length]
+    found = [-math.inf] * len(lines)
+    if not short:
+        return found
     device = decoder.embedding.weight.device
-    first = without_end(tokenizer, tokenizer(head)["input_ids"])
-    plain = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    opened, rest = [first + plain(opening) for opening, _ in lines], [plain(f"{line}\n") for _, line in lines]
-    tree = tree_on([before + after for before, after in zip(opened, rest, strict=True)], device)
+    tree = tree_on([first + whole[i] for i in short], device)
     hidden = run_tree(decoder, tree, range(len(decoder.layers)))
-    asked = torch.tensor([node for path, some in zip(tree.path, opened, strict=True) for node in path[len(some) - 1 : -1]], device=device)
-    nll = target_nll_of(decoder, hidden[asked], torch.tensor([token for some in rest for token in some], device=device))
+    # The opening's tokens may go on differently with the line after it.
+    start = [len(first) + _shared(opened[i], whole[i]) for i in short]
+    asked = torch.tensor([node for path, begin in zip(tree.path, start, strict=True) for node in path[begin - 1 : -1]], device=device)
+    said = torch.tensor([node for path, begin in zip(tree.path, start, strict=True) for node in path[begin:]], device=device)
+    nll = torch.cat(
+        [target_nll_of(decoder, hidden[some], tree.token[of]) for some, of in zip(asked.split(ROWS), said.split(ROWS), strict=True)]
+    )
     if decoder.sharding is not None:
-        decoder.sharding.same(nll)
-    return [-float(some.sum()) for some in nll.split([len(some) for some in rest])]
+        nll = decoder.sharding.same(nll)
+    for i, some in zip(short, nll.split([len(path) - begin for path, begin in zip(tree.path, start, strict=True)]), strict=True):
+        found[i] = -float(some.sum())
+    return found
+
+
+def _opened(tokenizer: Any, head: str, openings: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """The tokens of the head and, apart from it, of each opening."""
+    first = without_end(tokenizer, tokenizer(head)["input_ids"])
+    return first, [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _rest_of_line(tokenizer: Any, tokens: list[int], opened: list[int]) -> str | None:
