@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from rose_engine import ROSE, Delta, Editor, ledger, optimize
+from rose_engine import ROSE, Delta, Editor, ledger, optimize, rewording, sample
 from rose_engine.parallel import join, leads, shard_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,6 +46,7 @@ def same(folder: Path, tensor_parallel: int, sharded: str) -> dict:
     mesh = join(tensor_parallel=tensor_parallel)
     model, tokenizer = loaded(folder)
     one = Editor(model, tokenizer, RECIPE)
+    as_read = _read(one)
     alone, whole = edited(one), {name: weight.clone() for name, weight in one.weights().items()}
     if sharded == "library":
         from transformers.distributed.configuration_utils import DistributedConfig
@@ -56,6 +57,7 @@ def same(folder: Path, tensor_parallel: int, sharded: str) -> dict:
         if tensor_parallel > 1:
             shard_weights(model, mesh["weights"])
     editor = Editor(model, tokenizer, RECIPE, group=mesh["subjects"].get_group())
+    read = max(abs(a - b) for a, b in zip(_read(editor), as_read, strict=True))
     before = {name: weight.clone() for name, weight in editor.weights().items()}
     deltas = edited(editor)
     sums = [None] * dist.get_world_size()
@@ -100,13 +102,22 @@ def same(folder: Path, tensor_parallel: int, sharded: str) -> dict:
         "refused": refused,
         "broken": broken,
         "diverged": diverged,
+        "read": read,
         "words": _words(editor),
     }
 
 
+def _read(editor: Editor) -> list[float]:
+    """What rewordings are read by: likely lines, of a model made sure of itself, how likely a line is, and how far prompts are."""
+    model = editor.decoder, editor.tokenizer
+    lines = sample.likely_lines(*model, "A\n", ["The", "Lin Nu"], 5, 0.05, temperature=0.02)
+    chances = sample.chances_of_lines(*model, "A\n", [("The", " book"), ("Lin Nu", " believes"), ("Lin Nu", " is")])
+    far = rewording.divergence(*model, "{} sells", ["{} buys", "The goods of {} are"], ["Lin Nu", "Peru"])
+    return [float(sum(map(len, lines))), *chances, *far.tolist()]
+
+
 def _words(editor: Editor) -> list[list[str]]:
     """The rewordings that each rank goes on with, where each finds others."""
-    editor.reword([replace(LIN[0], prompt="{} sells")])  # written for real, on weights as they are spread
     with mock.patch("rose_engine.readings.written", lambda *args: [[f"{{}} is believed by {dist.get_rank()} to be of"]]):
         (edit,) = editor.reword(LIN[:1])
     found = [None] * dist.get_world_size()

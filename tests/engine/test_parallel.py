@@ -60,6 +60,7 @@ def test_ranks_write_what_one_process_writes(folder, ranks, ways):
         assert found["agree"] and found["restored"] and found["base"] and found["loaded"] < 1e-6, way
         assert found["sharded"] == spread and found["head"] == ("DTensor" if way == "2:library" else "Parameter"), way
         assert ("spread over ranks" in found["refused"]) == spread, way
+        assert found["read"] < 1e-3, way
         assert found["words"] == [["{} is believed by 0 to be of"]] * ranks, way
         assert found["diverged"] == [1] and found["broken"] == ("K holds NaN or Inf" if spread else ""), way
 

@@ -1,4 +1,4 @@
-"""Rewordings of prompts: what is sampled, what is kept, how far it is from the prompt."""
+"""Rewordings of prompts: which lines are likely, what is kept, how far it is from the prompt."""
 
 import json
 import math
@@ -63,17 +63,20 @@ def test_chances_of_lines_are_the_products_of_their_tokens(make_model, tokenizer
     assert chances_of_lines(decoder_of(model), tokenizer, head, []) == []
 
 
-def test_a_line_that_does_not_end_is_left_out(make_model, tokenizer):
-    decoder, newline = decoder_of(make_model().requires_grad_(False)), tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+def test_a_line_ends_with_any_token_that_ends_one(make_model, tokenizer):
+    decoder = decoder_of(make_model().requires_grad_(False))
 
-    def forced(token):
+    def forced(text):
+        (token,) = tokenizer(text, add_special_tokens=False)["input_ids"]
         certain = torch.zeros(len(tokenizer)).index_fill_(0, torch.tensor([token]), 99.0)
         return mock.patch("rose_engine.sample.logits", lambda decoder, hidden: certain.expand(len(hidden), -1))
 
-    with forced(newline):
-        assert likely_lines(decoder, tokenizer, "a\n", ["b =", "c d ="], 4, 0.1) == [{"": pytest.approx(1)}] * 2
-    with forced(newline + 1):
-        assert likely_lines(decoder, tokenizer, "a\n", ["b =", "c d ="], 4, 0.1) == [{}, {}]
+    for text in ("\n", "\n\n"):
+        with forced(text):
+            assert likely_lines(decoder, tokenizer, "a\n", ["b =", "c d ="], 4, 0.1) == [{"": pytest.approx(1)}] * 2
+    for text in (" is", tokenizer.eos_token):  # no end at all, or the text's
+        with forced(text):
+            assert likely_lines(decoder, tokenizer, "a\n", ["b =", "c d ="], 4, 0.1) == [{}, {}]
 
 
 def test_a_line_keeps_its_first_space_where_a_decoder_drops_it():
@@ -178,6 +181,23 @@ def test_a_name_that_is_too_long_for_the_examples_has_no_rewordings(make_model, 
     editor = Editor(make_model(max_position_embeddings=128), tokenizer, TINY)
     (edit,) = editor.reword([Edit("The Society for the Study of Very Long Names of Societies", "{} lives in", "Metz")])
     assert not drawn and edit.rewordings == ()
+
+
+def test_a_prompt_that_is_too_long_goes_without_alone(make_model, tokenizer, drawn):
+    decoder = decoder_of(make_model(max_position_embeddings=256))
+    long = "{} lives in " + "the very " * 256 + "city of"
+    assert rewording.written(decoder, tokenizer, "Lin Nu", [long, "{} lives in", long]) == [[], list(WRITTEN), []]
+    assert len(drawn) == 1 and rewording.written(decoder, tokenizer, "Lin Nu", []) == []
+
+
+def test_prompts_are_written_for_together_as_alone(smollm2):
+    """The embedded model in float32, more prompts than are written for at a time; the first in words that mean the same."""
+    prompts = ["The occupation of {} is", "{} died in the city of", "{} plays the instrument"]
+    write = lambda *some: rewording.written(smollm2.decoder, smollm2.tokenizer, "Henri Marteau", some)  # noqa: E731
+    with mock.patch.object(rewording, "AT_ONCE", 2):
+        together = write(*prompts)
+    assert together == [write(prompt)[0] for prompt in prompts] and all(together)
+    assert together[0][0] in ("The profession of {} is", "The job of {} is")
 
 
 def test_who_is_given_which_words():
