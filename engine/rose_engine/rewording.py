@@ -95,23 +95,32 @@ def written(decoder: Decoder, tokenizer: Any, name: str, prompts: Sequence[str])
     name, the best of each first. Nothing where the examples with this name, and the prompt, are longer than the model takes."""
     named = lambda text: text.replace(SLOT, name)  # noqa: E731
     head = "".join(f"{named(given)} = {named(other)}\n" for given, other in EXAMPLES)
-    leads, room = (" The", f" {name}"), decoder.max_length - TOKENS - len(tokenizer(head)["input_ids"])
+    room = decoder.max_length - TOKENS - len(tokenizer(head)["input_ids"])
     found: dict[str, list[str]] = {prompt: [] for prompt in prompts}
-    short = [prompt for prompt in found if len(tokenizer(f"{named(prompt)} ={leads[1]}")["input_ids"]) <= room]
-    for some in (short[i : i + AT_ONCE] for i in range(0, len(short), AT_ONCE)):
-        openings = [f"{named(prompt)} ={lead}" for prompt in some for lead in leads]
-        lines = likely_lines(decoder, tokenizer, head, openings, TOKENS, LEAST, TEMPERATURE)
-        there = {prompt: _in_words(name, leads, lines[2 * i : 2 * i + 2]) for i, prompt in enumerate(some)}
-        asked = [(prompt, text) for prompt in some for text in _worth_reading(decoder, tokenizer, name, prompt, there[prompt])]
-        back = chances_of_lines(decoder, tokenizer, head, [(f"{named(text)} =", f" {named(prompt)}") for prompt, text in asked])
-        both: dict[str, list[tuple[float, str]]] = {prompt: [] for prompt in some}
-        for (prompt, text), again in zip(asked, back, strict=True):
-            both[prompt].append((math.log(there[prompt][text]) + again, text))
-        for prompt in some:
-            best = [text for _, text in sorted(both[prompt], reverse=True)]
-            turned, plain = [text for text in best if not text.startswith(SLOT)], [text for text in best if text.startswith(SLOT)]
-            found[prompt] = [text for pair in zip_longest(turned, plain) for text in pair if text]
+    short = [prompt for prompt in found if len(tokenizer(f"{named(prompt)} = {name}")["input_ids"]) <= room]
+    for i in range(0, len(short), AT_ONCE):
+        found |= _best_first(decoder, tokenizer, head, name, short[i : i + AT_ONCE])
     return [found[prompt] for prompt in prompts]
+
+
+def _best_first(decoder: Decoder, tokenizer: Any, head: str, name: str, prompts: Sequence[str]) -> dict[str, list[str]]:
+    """Of each prompt what is likely beside it after the head, by the probability there and back."""
+    named, leads = lambda text: text.replace(SLOT, name), (" The", f" {name}")
+    openings = [f"{named(prompt)} ={lead}" for prompt in prompts for lead in leads]
+    lines = likely_lines(decoder, tokenizer, head, openings, TOKENS, LEAST, TEMPERATURE)
+    there = {prompt: _in_words(name, leads, lines[2 * i : 2 * i + 2]) for i, prompt in enumerate(prompts)}
+    asked = [(prompt, text) for prompt in prompts for text in _worth_reading(decoder, tokenizer, name, prompt, there[prompt])]
+    back = chances_of_lines(decoder, tokenizer, head, [(f"{named(text)} =", f" {named(prompt)}") for prompt, text in asked])
+    both: dict[str, list[tuple[float, str]]] = {prompt: [] for prompt in prompts}
+    for (prompt, text), again in zip(asked, back, strict=True):
+        both[prompt].append((math.log(there[prompt][text]) + again, text))
+    return {prompt: _in_turn([text for _, text in sorted(some, reverse=True)]) for prompt, some in both.items()}
+
+
+def _in_turn(texts: Sequence[str]) -> list[str]:
+    """One that says the relation first, one that begins with the subject, and so on, each kind in its order."""
+    kinds = ([text for text in texts if text.startswith(SLOT) == begins] for begins in (False, True))
+    return [text for pair in zip_longest(*kinds) for text in pair if text]
 
 
 def _in_words(name: str, leads: Sequence[str], lines: Sequence[Mapping[str, float]]) -> dict[str, float]:

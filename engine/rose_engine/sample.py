@@ -129,15 +129,11 @@ def chances_of_lines(decoder: Decoder, tokenizer: Any, head: str, lines: Sequenc
     tree = tree_on([first + whole[i] for i in short], device)
     hidden = run_tree(decoder, tree, range(len(decoder.layers)))
     # The opening's tokens may go on differently with the line after it.
-    start = [len(first) + _shared(opened[i], whole[i]) for i in short]
-    asked = torch.tensor([node for path, begin in zip(tree.path, start, strict=True) for node in path[begin - 1 : -1]], device=device)
-    said = torch.tensor([node for path, begin in zip(tree.path, start, strict=True) for node in path[begin:]], device=device)
-    nll = torch.cat(
-        [target_nll_of(decoder, hidden[some], tree.token[of]) for some, of in zip(asked.split(ROWS), said.split(ROWS), strict=True)]
-    )
-    if decoder.sharding is not None:
-        nll = decoder.sharding.same(nll)
-    for i, some in zip(short, nll.split([len(path) - begin for path, begin in zip(tree.path, start, strict=True)]), strict=True):
+    paths = [path[len(first) + _shared(opened[i], whole[i]) - 1 :] for i, path in zip(short, tree.path, strict=True)]
+    before, said = (torch.tensor([node for path in paths for node in path[part]], device=device) for part in (slice(-1), slice(1, None)))
+    nll = [target_nll_of(decoder, hidden[some], tree.token[of]) for some, of in zip(before.split(ROWS), said.split(ROWS), strict=True)]
+    nll = torch.cat(nll) if decoder.sharding is None else decoder.sharding.same(torch.cat(nll))
+    for i, some in zip(short, nll.split([len(path) - 1 for path in paths]), strict=True):
         found[i] = -float(some.sum())
     return found
 
