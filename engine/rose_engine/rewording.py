@@ -23,9 +23,9 @@ from torch import Tensor
 
 from rose_engine.architecture import Decoder
 from rose_engine.edits import SLOT, Edit
-from rose_engine.forms import BYSTANDERS, without_end
+from rose_engine.forms import BYSTANDERS
 from rose_engine.forward import logits, run_tree, tree_on
-from rose_engine.sample import chances_of_lines, likely_lines
+from rose_engine.sample import beginning, chances_of_lines, likely_lines
 
 # Beginnings of sentences beside the same in other words, the subject at the head in some, at the end in others.
 EXAMPLES = (
@@ -158,7 +158,7 @@ def divergence(decoder: Decoder, tokenizer: Any, prompt: str, others: Sequence[s
     """The Jensen-Shannon divergence [len(others)] between what the model says next after the prompt and after each other, in nats, mean
     over the names in the subject's place."""
     texts = [text.replace(SLOT, name) for text in (prompt, *others) for name in names]
-    tree = tree_on([without_end(tokenizer, tokenizer(text)["input_ids"]) for text in texts], decoder.embedding.weight.device)
+    tree = tree_on([beginning(tokenizer, text) for text in texts], decoder.embedding.weight.device)
     hidden = run_tree(decoder, tree, range(len(decoder.layers)))
     ends = torch.tensor([path[-1] for path in tree.path], device=hidden.device)
     said = logits(decoder, hidden[ends]).log_softmax(-1).view(len(others) + 1, len(names), -1)

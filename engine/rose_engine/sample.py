@@ -77,7 +77,7 @@ def likely_lines(
     tokens, or ends with the text, is left out. All openings go on together, a token at a time, in at most 1 / least beginnings of each.
     """
     device, sharding = decoder.embedding.weight.device, decoder.sharding
-    first, opened = _opened(tokenizer, head, openings)
+    first, opened = beginning(tokenizer, head), _plain(tokenizer, openings)
     tree = tree_on([first + some for some in opened], device)
     layers, nodes = range(len(decoder.layers)), torch.arange(len(tree.token), device=device)
     before = TreeAttention(tree, nodes, keep=layers)
@@ -90,9 +90,9 @@ def likely_lines(
     begun: list[tuple[int, list[int]]] = [(i, []) for i in range(len(opened))]
     lines: list[dict[str, float]] = [{} for _ in opened]
     for step in range(1, tokens + 1):
-        best = scores.topk(min(int(1 / least), scores.shape[-1]))
-        chance = so_far + best.values / temperature - (scores / temperature).logsumexp(-1, keepdim=True)
-        likely = best.indices
+        scores = scores / temperature
+        chance, likely = scores.topk(min(int(1 / least), scores.shape[-1]))
+        chance = so_far + chance - scores.logsumexp(-1, keepdim=True)
         if sharding is not None:  # else ranks whose sums differ in a bit would go on with different lines
             chance, likely = sharding.same(chance.contiguous()), sharding.same(likely.contiguous())
         parent, place = (chance >= math.log(least)).nonzero(as_tuple=True)
@@ -119,8 +119,8 @@ def likely_lines(
 def chances_of_lines(decoder: Decoder, tokenizer: Any, head: str, lines: Sequence[tuple[str, str]]) -> list[float]:
     """The logarithm of each line's probability, its end included, after the text `head` and its opening; a line is (opening, rest).
     -inf where that is longer than the model takes."""
-    first, opened = _opened(tokenizer, head, [opening for opening, _ in lines])
-    whole = _opened(tokenizer, head, [f"{opening}{line}\n" for opening, line in lines])[1]
+    first, opened = beginning(tokenizer, head), _plain(tokenizer, [opening for opening, _ in lines])
+    whole = _plain(tokenizer, [f"{opening}{line}\n" for opening, line in lines])
     short = [i for i, some in enumerate(whole) if len(first) + len(some) <= decoder.max_length]
     found = [-math.inf] * len(lines)
     if not short:
@@ -138,10 +138,14 @@ def chances_of_lines(decoder: Decoder, tokenizer: Any, head: str, lines: Sequenc
     return found
 
 
-def _opened(tokenizer: Any, head: str, openings: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """The tokens of the head and, apart from it, of each opening."""
-    first = without_end(tokenizer, tokenizer(head)["input_ids"])
-    return first, [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
+def beginning(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that goes on."""
+    return without_end(tokenizer, tokenizer(text)["input_ids"])
+
+
+def _plain(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of texts that go on after another."""
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

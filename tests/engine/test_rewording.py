@@ -138,7 +138,7 @@ WRITTEN = ("The home of {} is", "{} has a house in", "The house of {} is", "{} r
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def asked_for(monkeypatch):
     """The openings of every call, after which the same lines are likely."""
     calls = []
 
@@ -156,7 +156,7 @@ def drawn(monkeypatch):
     return calls
 
 
-def test_the_best_of_both_kinds_in_turn(make_model, tokenizer, drawn, monkeypatch):
+def test_the_best_of_both_kinds_in_turn(make_model, tokenizer, asked_for, monkeypatch):
     """By the product of the probabilities there and back; what is far from the prompt and begins with the subject is none."""
     editor = Editor(make_model(initializer_range=0.3), tokenizer, TINY)
     edits = [
@@ -165,11 +165,11 @@ def test_the_best_of_both_kinds_in_turn(make_model, tokenizer, drawn, monkeypatc
         Edit("Siemens", " {} lives in", "Rome"),
     ]
     first, second, third = editor.reword(edits)
-    assert len(drawn) == 1 and second == edits[1] and first.rewordings == WRITTEN[:2]
+    assert len(asked_for) == 1 and second == edits[1] and first.rewordings == WRITTEN[:2]
     assert third == replace(edits[2], rewordings=first.rewordings)
-    assert editor.reword(edits[:1], count=9)[0].rewordings == WRITTEN and len(drawn) == 1
+    assert editor.reword(edits[:1], count=9)[0].rewordings == WRITTEN and len(asked_for) == 1
     editor.reword([Edit("Lin Nu", prompt, "tea") for prompt in ("{} sells", "{} lives in", "{} sells", "{} buys")])
-    assert len(drawn) == 2 and [opening.partition(" =")[0] for opening in drawn[1][::2]] == ["Lin Nu sells", "Lin Nu buys"]
+    assert len(asked_for) == 2 and [opening.partition(" =")[0] for opening in asked_for[1][::2]] == ["Lin Nu sells", "Lin Nu buys"]
 
     far = divergence(editor.decoder, tokenizer, "{} lives in", [WRITTEN[1], WRITTEN[3]], ["Lin Nu", rewording.OTHER_NAME]).tolist()
     monkeypatch.setattr(rewording, "FARTHEST", sum(far) / 2)
@@ -177,17 +177,17 @@ def test_the_best_of_both_kinds_in_turn(make_model, tokenizer, drawn, monkeypatc
     assert found == [WRITTEN[0], WRITTEN[1 if far[0] < far[1] else 3], WRITTEN[2]]
 
 
-def test_a_name_that_is_too_long_for_the_examples_has_no_rewordings(make_model, tokenizer, drawn):
+def test_a_name_that_is_too_long_for_the_examples_has_no_rewordings(make_model, tokenizer, asked_for):
     editor = Editor(make_model(max_position_embeddings=128), tokenizer, TINY)
     (edit,) = editor.reword([Edit("The Society for the Study of Very Long Names of Societies", "{} lives in", "Metz")])
-    assert not drawn and edit.rewordings == ()
+    assert not asked_for and edit.rewordings == ()
 
 
-def test_a_prompt_that_is_too_long_goes_without_alone(make_model, tokenizer, drawn):
+def test_a_prompt_that_is_too_long_goes_without_alone(make_model, tokenizer, asked_for):
     decoder = decoder_of(make_model(max_position_embeddings=256))
     long = "{} lives in " + "the very " * 256 + "city of"
     assert rewording.written(decoder, tokenizer, "Lin Nu", [long, "{} lives in", long]) == [[], list(WRITTEN), []]
-    assert len(drawn) == 1 and rewording.written(decoder, tokenizer, "Lin Nu", []) == []
+    assert len(asked_for) == 1 and rewording.written(decoder, tokenizer, "Lin Nu", []) == []
 
 
 def test_prompts_are_written_for_together_as_alone(smollm2):
@@ -224,7 +224,7 @@ def test_who_is_given_which_words():
     assert told([lin[0], other], known={"{} lives in": texts[:1]}, earlier=[Edit("Lin Nu", texts[0], "Rome")]) == [[], texts[:1]]
 
 
-def test_an_edit_is_optimised_in_what_the_unedited_model_wrote_and_tells(make_model, tokenizer, drawn, tmp_path, monkeypatch):
+def test_an_edit_is_optimised_in_what_the_unedited_model_wrote_and_tells(make_model, tokenizer, asked_for, tmp_path, monkeypatch):
     editor, recipe = Editor(make_model(initializer_range=0.3), tokenizer, TINY), replace(TINY, rewordings=2)
     base, seen = {name: weight.clone() for name, weight in editor.weights().items()}, []
     within = rewording.divergence
@@ -232,7 +232,7 @@ def test_an_edit_is_optimised_in_what_the_unedited_model_wrote_and_tells(make_mo
         rewording, "divergence", lambda *a: (seen.append({n: w.clone() for n, w in editor.weights().items()}), within(*a))[1]
     )
     editor.apply([Edit("Imo State", "{} exports", "tea", rewordings=["What {} sells is"])], recipe=recipe, verify=False)
-    assert not drawn
+    assert not asked_for
     edit = Edit("Lin Nu", "{} lives in", "Metz")
     result = editor.apply([edit], recipe=recipe, verify=False)
     assert all(torch.equal(weight, base[name]) for name, weight in seen[0].items())
@@ -244,12 +244,12 @@ def test_an_edit_is_optimised_in_what_the_unedited_model_wrote_and_tells(make_mo
     again = editor.apply([told], recipe=recipe, verify=False)
     assert all(torch.equal(x, y) for name in delta.factors for x, y in zip(delta.factors[name], again.delta.factors[name], strict=True))
 
-    times = len(drawn)  # another subject: the delta in the weights has the words
+    times = len(asked_for)  # another subject: the delta in the weights has the words
     (other,) = editor.reword([Edit("Siemens", "{} lives in", "Rome")])
-    assert other.rewordings == told.rewordings and len(drawn) == times
+    assert other.rewordings == told.rewordings and len(asked_for) == times
     editor.restore([editor.applied[0], delta])
     later = editor.apply([Edit("Siemens", "{} lives in", "Rome")], recipe=recipe, verify=False)
-    assert later.delta.metadata["rewordings"] == {"{} lives in": list(told.rewordings)} and len(drawn) == times
+    assert later.delta.metadata["rewordings"] == {"{} lives in": list(told.rewordings)} and len(asked_for) == times
 
 
 def test_a_stream_that_is_taken_up_again_has_the_same_words(make_model, tokenizer, tmp_path, monkeypatch):
