@@ -92,7 +92,7 @@ ALPHAEDIT = replace(MEMIT, name="alphaedit", preconditioner="null_space", sequen
 # a covariance of next to no weight. That holds for one fact in one layer: `apply` takes one fact at a time with it.
 ROME = replace(MEMIT, name="rome", layers=(5,), covariance_weight=1e-4)
 # Chosen on same-subject data; what was tried stands in docs/smollm2-preset.md.
-SMOLLM2 = replace(ROSE, name="rose-smollm2", lr=0.7, ridge=10.0, bystanders=288)
+SMOLLM2 = replace(ROSE, name="rose-smollm2", lr=1.4, ridge=10.0, bystanders=288)
 
 
 def preset(config: PretrainedConfig) -> Recipe:
