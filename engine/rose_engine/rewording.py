@@ -93,11 +93,10 @@ def reworded(
 def written(decoder: Decoder, tokenizer: Any, name: str, prompts: Sequence[str]) -> list[list[str]]:
     """All that the model finds for each prompt with a name in it: in turn one that says the relation first and one that begins with the
     name, the best of each first. Nothing where the examples with this name, and the prompt, are longer than the model takes."""
-    named = lambda text: text.replace(SLOT, name)  # noqa: E731
-    head = "".join(f"{named(given)} = {named(other)}\n" for given, other in EXAMPLES)
+    head = "".join(f"{_named(given, name)} = {_named(other, name)}\n" for given, other in EXAMPLES)
     room = decoder.max_length - TOKENS - len(tokenizer(head)["input_ids"])
     found: dict[str, list[str]] = {prompt: [] for prompt in prompts}
-    short = [prompt for prompt in found if len(tokenizer(f"{named(prompt)} = {name}")["input_ids"]) <= room]
+    short = [prompt for prompt in found if len(tokenizer(f"{_named(prompt, name)} = {name}")["input_ids"]) <= room]
     for i in range(0, len(short), AT_ONCE):
         found |= _best_first(decoder, tokenizer, head, name, short[i : i + AT_ONCE])
     return [found[prompt] for prompt in prompts]
@@ -105,12 +104,12 @@ def written(decoder: Decoder, tokenizer: Any, name: str, prompts: Sequence[str])
 
 def _best_first(decoder: Decoder, tokenizer: Any, head: str, name: str, prompts: Sequence[str]) -> dict[str, list[str]]:
     """Of each prompt what is likely beside it after the head, by the probability there and back."""
-    named, leads = lambda text: text.replace(SLOT, name), (" The", f" {name}")
-    openings = [f"{named(prompt)} ={lead}" for prompt in prompts for lead in leads]
+    leads = (" The", f" {name}")
+    openings = [f"{_named(prompt, name)} ={lead}" for prompt in prompts for lead in leads]
     lines = likely_lines(decoder, tokenizer, head, openings, TOKENS, LEAST, TEMPERATURE)
     there = {prompt: _in_words(name, leads, lines[2 * i : 2 * i + 2]) for i, prompt in enumerate(prompts)}
     asked = [(prompt, text) for prompt in prompts for text in _worth_reading(decoder, tokenizer, name, prompt, there[prompt])]
-    back = chances_of_lines(decoder, tokenizer, head, [(f"{named(text)} =", f" {named(prompt)}") for prompt, text in asked])
+    back = chances_of_lines(decoder, tokenizer, head, [(f"{_named(text, name)} =", f" {_named(prompt, name)}") for prompt, text in asked])
     both: dict[str, list[tuple[float, str]]] = {prompt: [] for prompt in prompts}
     for (prompt, text), again in zip(asked, back, strict=True):
         both[prompt].append((math.log(there[prompt][text]) + again, text))
@@ -150,6 +149,11 @@ def candidates_of(prompt: str, lines: Iterable[str]) -> list[str]:
     ]
 
 
+def _named(text: str, name: str) -> str:
+    """The text with a name in the subject's place."""
+    return text.replace(SLOT, name)
+
+
 def _words(text: str) -> set[str]:
     return set(text.replace(SLOT, " ").lower().split())
 
@@ -157,7 +161,7 @@ def _words(text: str) -> set[str]:
 def divergence(decoder: Decoder, tokenizer: Any, prompt: str, others: Sequence[str], names: Sequence[str]) -> Tensor:
     """The Jensen-Shannon divergence [len(others)] between what the model says next after the prompt and after each other, in nats, mean
     over the names in the subject's place."""
-    texts = [text.replace(SLOT, name) for text in (prompt, *others) for name in names]
+    texts = [_named(text, name) for text in (prompt, *others) for name in names]
     tree = tree_on([beginning(tokenizer, text) for text in texts], decoder.embedding.weight.device)
     hidden = run_tree(decoder, tree, range(len(decoder.layers)))
     ends = torch.tensor([path[-1] for path in tree.path], device=hidden.device)
