@@ -19,8 +19,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from rose_engine.packing import Suffixes, Tree
 
 NAME = "rose"
-# Query rows whose mask and scores exist at one time in `TreeAttention`.
-QUERY_BLOCK = 512
+# Nodes of a tree that `TreeAttention` asks at one time.
+QUERY_BLOCK = 256
 
 
 def _core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
@@ -50,23 +50,28 @@ class TreeAttention:
 
     nodes [N]: the tree's nodes that are run, in order; they hold every ancestor of each of them.
     keys, values: layer -> [N, KV, h], for `SuffixAttention`.
+    A block of nodes in order sees nothing but itself and the ancestors of its first node, and is given no other keys.
     """
 
     def __init__(self, tree: Tree, nodes: Tensor, keep: range = range(0)):
-        self.nodes, self.end, self.keep = nodes, tree.end[nodes], keep
+        self.keep = keep
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        end = tree.end[nodes]
+        self.blocks: list[tuple[slice, Tensor, Tensor]] = []  # queries, their keys, and which query sees which of these
+        for start in range(0, len(nodes), QUERY_BLOCK):
+            asked = slice(start, start + QUERY_BLOCK)
+            above = (end[:start] > nodes[start]).nonzero()[:, 0]
+            seen = torch.cat([above, torch.arange(len(nodes), device=nodes.device)[asked]])
+            asker = nodes[asked, None]
+            self.blocks.append((asked, seen, (nodes[seen] <= asker) & (asker < end[seen])))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None) -> Tensor:
         if layer in self.keep:
             self.keys[layer], self.values[layer] = k[0].transpose(0, 1).contiguous(), v[0].transpose(0, 1).contiguous()
         dtype = _core_dtype(q)
         k, v = k.to(dtype), v.to(dtype)
-        out = []
-        for block in range(0, q.shape[2], QUERY_BLOCK):
-            asker = self.nodes[block : block + QUERY_BLOCK, None]
-            mask = (self.nodes <= asker) & (asker < self.end)
-            out.append(_core(q[:, :, block : block + QUERY_BLOCK].to(dtype), k, v, mask, scaling, softcap))
+        out = [_core(q[:, :, asked].to(dtype), k[:, :, seen], v[:, :, seen], mask, scaling, softcap) for asked, seen, mask in self.blocks]
         return torch.cat(out, dim=2).transpose(1, 2).to(q.dtype)
 
 

@@ -77,16 +77,21 @@ class Preconditioner:
 
         ValueError where the keys are not finite.
         """
-        k, b = keys.double(), self.base(keys)
-        X = torch.linalg.solve_triangular(self.factor, self.total(_products(self.keys, b.double())), upper=False)
-        system = self.total(k.T @ b.double()) - X.T @ X
+        b, before = self.base(keys), self.keys.shape[1]
+        system = self.total(_own_products(keys, b))
+        if before:
+            X = torch.linalg.solve_triangular(self.factor, self.total(_products(self.keys, b)), upper=False)
+            system -= X.T @ X
         system.diagonal().add_(self.ridge)
         corner, info = torch.linalg.cholesky_ex(system)
         if int(info):
             raise ValueError(f"the protected keys' system is not positive definite (leading minor {int(info)} of {len(system)})")
+        # The identity adjusts nothing: one tensor serves as both.
+        if not before:
+            joined = keys.float()
+            return Preconditioner(self.base, self.ridge, joined, joined if b is keys else b, corner, self.total)
         top = torch.cat([self.factor, self.factor.new_zeros(X.shape)], 1)
         joined = torch.cat([self.keys, keys.float()], 1)
-        # The identity adjusts nothing: one tensor serves as both.
         adjusted = joined if b is keys else torch.cat([self.adjusted.to(b.dtype), b], 1)
         return Preconditioner(self.base, self.ridge, joined, adjusted, torch.cat([top, torch.cat([X.T, corner], 1)]), self.total)
 
@@ -114,6 +119,18 @@ def preconditioner(
 
 
 def _products(keys: Tensor, k: Tensor) -> Tensor:
-    """K_p^T K [m, n] float64."""
-    blocks = [keys[:, i : i + BLOCK].double().T @ k for i in range(0, keys.shape[1], BLOCK)]
-    return torch.cat([k.new_zeros(0, k.shape[1]), *blocks])
+    """K_p^T K [m, n] float64, of which a block of either is widened at one time."""
+    out = torch.zeros(keys.shape[1], k.shape[1], dtype=torch.float64, device=k.device)
+    for j in range(0, k.shape[1], BLOCK):
+        wide = k[:, j : j + BLOCK].double()
+        for i in range(0, keys.shape[1], BLOCK):
+            out[i : i + BLOCK, j : j + BLOCK] = keys[:, i : i + BLOCK].double().T @ wide
+    return out
+
+
+def _own_products(keys: Tensor, b: Tensor) -> Tensor:
+    """K^T B [n, n] float64, B = base(K). It is symmetric, and blocks above the diagonal are left zero: Cholesky reads what is below."""
+    out = torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64, device=keys.device)
+    for j in range(0, keys.shape[1], BLOCK):
+        out[j:, j : j + BLOCK] = _products(keys[:, j:], b[:, j : j + BLOCK])
+    return out

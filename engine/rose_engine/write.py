@@ -81,11 +81,12 @@ def write_layers(
     root = on([float(len(rows)) for rows in columns.values()]).sqrt()
 
     layers, last = recipe.layers, recipe.last_layer
-    others = _keys(decoder, bystanders, layers) if bystanders else {}
+    others = _keys(decoder, bystanders, layers)
     hidden = run_tree(decoder, tree, range(layers[0]))
     attention = TreeAttention(tree, torch.arange(len(tree.token), device=device))
     written = Written({}, {}, list(range(len(delta))) if recipe.columns == "mean" else owner.tolist())
     for i, layer in enumerate(layers):
+        near = next(others, None)  # before this layer is written
         with reading(decoder, [layer]) as keys:
             reached = run_layers(decoder, hidden, tree.position, range(layer, last + 1), attention)
         residual = decoder.before_norm(layer, keys[layer][node], (z - reached[node].float()) / (len(layers) - i))
@@ -94,9 +95,7 @@ def write_layers(
             K, R = _mean_columns(K, R, root, owner)
         name = decoder.weight_name(layer)
         held = preconditioner(name)
-        if others:
-            held = held.joined(others[layer])
-        P = held.apply(K)
+        P = (held if near is None else held.joined(near)).apply(K)
         written.factors[name], written.keys[name] = _update(decoder, layer, K, R, None if P is K else P, recipe.ridge)
         if layer != last:
             hidden = run_layers(decoder, hidden, tree.position, range(layer, layers[i + 1]), attention)
@@ -139,12 +138,20 @@ def reading(decoder: Decoder, layers: Iterable[int]) -> Iterator[dict[int, Tenso
             hook.remove()
 
 
-def _keys(decoder: Decoder, rows: Sequence[Row], layers: Sequence[int]) -> dict[int, Tensor]:
-    """The keys, as the weights are now, of every token of some rows: layer -> [d_in, tokens] float32."""
+def _keys(decoder: Decoder, rows: Sequence[Row], layers: Sequence[int]) -> Iterator[Tensor]:
+    """The keys of every token of some rows, layer by layer, [d_in, tokens] float32; nothing where there are no rows.
+
+    They are those of unwritten weights where each is taken before its layer is written, and one layer's are held at a time.
+    """
+    if not rows:
+        return
     tree = tree_on([row.tokens for row in rows], decoder.embedding.weight.device)
-    with reading(decoder, layers) as keys:
-        run_tree(decoder, tree, range(layers[-1] + 1))
-    return {layer: key.float().T for layer, key in keys.items()}
+    attention = TreeAttention(tree, torch.arange(len(tree.token), device=tree.token.device))
+    hidden = run_tree(decoder, tree, range(layers[0]))
+    for layer, following in zip(layers, (*layers[1:], layers[-1] + 1), strict=True):
+        with reading(decoder, [layer]) as keys:
+            hidden = run_layers(decoder, hidden, tree.position, range(layer, following), attention)
+        yield keys.pop(layer).float().T
 
 
 def _columns(paths: Sequence[Sequence[int]], subject: Sequence[int]) -> dict[tuple[int, int], list[int]]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rose_engine import attention
 from rose_engine.architecture import UnsupportedModelError, decoder_of
 from rose_engine.edits import group_by_subject
 from rose_engine.forward import logits, pack, prepare, run_tree, suffix_step, tree_on
@@ -66,8 +67,10 @@ def test_suffix_engine_on_tiny_models(make_model, tokenizer, kind, budget):
     check_against_naive(model, tokenizer, layer=2, scale=0.5, budget=budget, loss_bound=1e-10, grad_bound=1e-10)
 
 
-def test_tree_run_is_the_model(make_model, tokenizer):
-    """A prefix tree over texts that share beginnings gives each text the model's own logits."""
+@pytest.mark.parametrize("block", [1, 3, 256])
+def test_tree_run_is_the_model(make_model, tokenizer, monkeypatch, block):
+    """A prefix tree over texts that share beginnings gives each text the model's own logits, however many nodes ask at one time."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     model = make_model("qwen3", seed=3)
     decoder = decoder_of(model.requires_grad_(False))
     texts = ["The capital of France is Paris", "The capital of France", "The river", "Other words altogether"]
