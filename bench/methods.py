@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from rose_engine import Edit, Editor, Recipe
@@ -40,16 +41,18 @@ class Method:
 
 
 def known(editor: Editor) -> dict[str, Method]:
-    """Every method that has a name. rose is the model's preset, rose_paper the paper's settings; the ablations are the preset's."""
+    """Every method that has a name. rose is the model's preset, rose_paper the paper's settings; the ablations are the preset's. All
+    edit the layers of the preset, ROME the second of them (of 4 to 8 the fifth, where it is published)."""
     rose = editor.recipe
+    there = partial(replace, layers=rose.layers)
     return {
         "vanilla": Method(),
-        "rome": Method(ROME, one_by_one=True),
-        "memit": Method(MEMIT),
-        "alphaedit": Method(ALPHAEDIT),
-        "memit_merge": Method(MEMIT_MERGE),
+        "rome": Method(replace(ROME, layers=rose.layers[:2][-1:]), one_by_one=True),
+        "memit": Method(there(MEMIT)),
+        "alphaedit": Method(there(ALPHAEDIT)),
+        "memit_merge": Method(there(MEMIT_MERGE)),
         "rose": Method(rose),
-        "rose_paper": Method(ROSE_PAPER),
+        "rose_paper": Method(there(ROSE_PAPER)),
         "rose_no_iga": Method(replace(rose, name="rose_no_iga", preconditioner="covariance", bystanders=0)),
         "rose_no_hki": Method(replace(rose, name="rose_no_hki", texts="prefixes", rewordings=0)),
         "wise": Method(edit=wise.edited, random=True),

@@ -6,14 +6,16 @@ Memory (bytes; b: of a weight's element):
                   last layer, only the tokens whose output is read
     temporaries   tokens of a step x (two MLP activations x b, four hidden states in float32), what a layer's backward holds at once
     logits        up to OUTPUT_ROWS x vocabulary in float32, and a row a subject for the regulariser's reference
-    weights       the edited weights once more, for `all_or_nothing` while the write runs, and the factors
+    weights       the edited weights once more, for `all_or_nothing` while the write runs, the factors, and of one layer twice the keys of
+                  bystanders in float32, with their products in float64
     base          the edited weights as they were, for `revert`: in host memory, from the first edit on
 The first four are held while values are optimised, the next afterwards: the larger of the two is the peak, beside the base. Written for
 the layers that `block` runs on the CPU; the library's keep about twice the activations. `bench.memory_model` compares it with what was
-used. Bystanders, whose keys a recipe may hold in float32 while it writes, are left out.
+used.
 
 Time: a layer that T tokens pass takes its parameters x s(T), s being the seconds a parameter of a product of T rows, measured on the
-device; backward takes as much again. Attention, norms, Adam, bystanders, verification and the writing of rewordings are left out.
+device; backward takes as much again. Attention, norms, Adam, the solves of bystanders, verification and the writing of rewordings are left
+out.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from rose_kernels.layer import DTYPES, WIDTH, available, products_
 # Means over 200 same-subject records of three to five facts, in the forms of ROSE and SmolLM2's tokens, of each row: its suffix, its
 # nodes in the prefix tree, those of them before the subject's last token, its targets, its nodes and columns where the weights are written.
 SUFFIX, NODES, BEFORE, TARGETS, WRITE_NODES, COLUMNS = 7.9, 17.7, 9.9, 1.6, 11.2, 0.92
+# Nodes of the tree of bystanders, of each; over ten subjects of three to six facts with two rewordings.
+BYSTANDER = 7.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,8 @@ def memory(shapes: Shapes, work: Work, recipe: Recipe, device: str | torch.devic
         }
         step = max((step, now), key=lambda parts: sum(parts.values()))
     base = len(recipe.layers) * s.d * s.d_in * s.element
-    weights = base + len(recipe.layers) * 4 * work.columns * (s.d + s.d_in)
+    others = recipe.bystanders * BYSTANDER
+    weights = base + len(recipe.layers) * 4 * work.columns * (s.d + s.d_in) + others * (8 * s.d_in + 16 * others)
     return {
         **step,
         "weights": weights,
@@ -156,6 +161,7 @@ def seconds(shapes: Shapes, work: Work, recipe: Recipe, rate: Callable[[int], fl
     step += sum(2 * head * rate(b.read) for b in work.batches)
     passes = sum(recipe.last_layer + 1 - layer for layer in recipe.layers) + below  # each layer is read with the ones before it written
     write = passes * s.layer * rate(work.write_nodes) + len(recipe.layers) * s.d * s.d_in * rate(2 * work.columns)
+    write += below * s.layer * rate(round(recipe.bystanders * BYSTANDER))
     return {"prepare": prepare, "optimise": recipe.steps * step, "write": write}
 
 
@@ -166,6 +172,8 @@ def measured_rate(shapes: Shapes, dtype: torch.dtype, device: str | torch.device
     found: dict[int, float] = {}
 
     def rate(rows: int) -> float:
+        if not rows:
+            return 0.0
         few = min(rows, STEP_TOKENS)
         if few not in found:
             found[few] = min(_product_seconds(few, weight) for _ in range(5)) / weight.numel()

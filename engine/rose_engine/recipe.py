@@ -53,7 +53,7 @@ class Recipe:
     null_threshold: float = 2e-2
     corpus: str = "model"
     corpus_tokens: int = 32_768
-    bystanders: int = 0
+    bystanders: int = 288
     sequential: Literal["joint", "protect", "plain"] = "joint"
     seed: int = 0
 
@@ -82,7 +82,7 @@ class Recipe:
 
 
 ROSE = Recipe()
-ROSE_PAPER = replace(ROSE, name="rose_paper", texts="paper_forms", rewordings=0, steps=35, noise=0.0)
+ROSE_PAPER = replace(ROSE, name="rose_paper", texts="paper_forms", rewordings=0, steps=35, noise=0.0, bystanders=0)
 # method.md section 3. The published methods that the engine can express, all with MEMIT-Merge's optimisation, which is that of the paper's
 # RoSE too (Appendix D.3), so that they differ in what section 3 names alone.
 MEMIT_MERGE = replace(ROSE_PAPER, name="memit_merge", texts="prefixes", columns="mean", preconditioner="covariance", sequential="plain")
@@ -92,11 +92,18 @@ ALPHAEDIT = replace(MEMIT, name="alphaedit", preconditioner="null_space", sequen
 # a covariance of next to no weight. That holds for one fact in one layer: `apply` takes one fact at a time with it.
 ROME = replace(MEMIT, name="rome", layers=(5,), covariance_weight=1e-4)
 # Chosen on same-subject data; what was tried stands in docs/smollm2-preset.md.
-SMOLLM2 = replace(ROSE, name="rose-smollm2", lr=1.4, ridge=10.0, bystanders=288)
+SMOLLM2 = replace(ROSE, name="rose-smollm2", lr=1.4, ridge=10.0)
 
 
 def preset(config: PretrainedConfig) -> Recipe:
-    """The recipe that suits a model, by its configuration: ROSE where nothing better was measured."""
+    """The recipe that suits a model, by its configuration: ROSE where nothing better was measured, with the layers of `layers_of_depth`."""
+    config = config.get_text_config()
     if config.model_type == "llama" and config.num_hidden_layers == 30 and config.hidden_size == 576:
         return SMOLLM2
-    return ROSE
+    return replace(ROSE, layers=layers_of_depth(config.num_hidden_layers))
+
+
+def layers_of_depth(count: int) -> tuple[int, ...]:
+    """The edited layers of a model of so many: the paper's 4 to 8 of 28 and more, of fewer those at the same share of the depth."""
+    depth = min(count, 28)
+    return tuple(range(depth // 7, depth * 2 // 7 + 1))

@@ -58,7 +58,8 @@ def test_edit_writes_a_delta_and_a_report(tiny_folder, tmp_path):
     assert printed == json.loads((out / "report.json").read_text())
     assert printed["facts"][0]["target"] == "Catholicism" and "optimising" in done.stderr
     delta = Delta.load(out / "delta.safetensors")
-    assert delta.metadata["edits"] == [EDIT] and len(delta.factors) == 5
+    assert delta.metadata["edits"] == [EDIT]
+    assert list(delta.factors) == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)]  # those of a model of ten
     assert {x.dtype for x in load_file(out / "delta.safetensors").values()} == {torch.bfloat16}
     assert sorted(p.name for p in out.iterdir()) == ["delta.safetensors", "report.json"]
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from rose_engine import ROSE, Editor
 from rose_engine.architecture import UnsupportedModelError, decoder_of
 from rose_engine.cli import app
 from rose_engine.edits import group_by_subject
-from rose_engine.estimate import memory, seconds, shapes_of, typical_work, work_of
+from rose_engine.estimate import BYSTANDER, memory, seconds, shapes_of, typical_work, work_of
+from rose_engine.forms import bystander_rows
 from rose_engine.forward import pack, prepare, suffix_step
 from rose_engine.inspect import inspect
 from rose_engine.optimize import subject_rows
+from rose_engine.packing import build_tree
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
@@ -104,6 +107,21 @@ def test_what_cannot_be_edited(tmp_path):
         inspect(tmp_path / "mixture")
     AutoConfig.for_model("llama", **{**LLAMA_70B, "num_hidden_layers": 6}).save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match="layer 8 cannot be edited: the model has 6 layers"):
-        inspect(tmp_path / "small")
+        inspect(tmp_path / "small", recipe=ROSE)
     with pytest.raises(ValueError, match="Unrecognized model"):
         inspect(tmp_path)
+
+
+@pytest.mark.parametrize(("count", "layers"), [(2, (0,)), (6, (0, 1)), (12, (1, 2, 3)), (28, ROSE.layers), (32, ROSE.layers)])
+def test_the_layers_that_are_edited_follow_the_depth(tmp_path, count, layers):
+    AutoConfig.for_model("llama", **{**LLAMA_70B, "num_hidden_layers": count}).save_pretrained(tmp_path)
+    assert inspect(tmp_path)["recipe"]["layers"] == layers
+
+
+def test_bystanders_are_counted(make_model, tokenizer):
+    rows = bystander_rows(IMO, tokenizer, 100)
+    assert len(build_tree([row.tokens for row in rows]).token) == pytest.approx(len(rows) * BYSTANDER, rel=0.3)
+    shapes, work = shapes_of(decoder_of(make_model())), typical_work(1, 2, 10)
+    none, some = (memory(shapes, work, replace(ROSE, layers=(1, 2), bystanders=n))["weights"] for n in (0, len(rows)))
+    keys, products = 4 * len(rows) * BYSTANDER * shapes.d_in, 8 * (len(rows) * BYSTANDER) ** 2
+    assert some - none == pytest.approx(2 * (keys + products))  # both as they join, and joined

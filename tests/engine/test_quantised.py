@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tests.conftest import IMO, LIN, MARTEAU
 
 pytest.importorskip("bitsandbytes")
-RECIPE = replace(ROSE, rewordings=0, layers=(1, 2), steps=10, lr=0.2, forms=4, noise=0.0)
+RECIPE = replace(ROSE, rewordings=0, bystanders=0, layers=(1, 2), steps=10, lr=0.2, forms=4, noise=0.0)
 BITS = {
     "4 bits": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
     "8 bits": BitsAndBytesConfig(load_in_8bit=True),
