@@ -6,8 +6,8 @@ Memory (bytes; b: of a weight's element):
                   last layer, only the tokens whose output is read
     temporaries   tokens of a step x (two MLP activations x b, four hidden states in float32), what a layer's backward holds at once
     logits        up to OUTPUT_ROWS x vocabulary in float32, and a row a subject for the regulariser's reference
-    weights       the edited weights once more, for `all_or_nothing` while the write runs, the factors, and of one layer twice the keys of
-                  bystanders in float32, with their products in float64
+    weights       the edited weights once more, for `all_or_nothing` while the write runs, the factors, and bystanders: temporaries of
+                  their tokens, and of one layer their keys twice in float32 and their products three times in float64
     base          the edited weights as they were, for `revert`: in host memory, from the first edit on
 The first four are held while values are optimised, the next afterwards: the larger of the two is the peak, beside the base. Written for
 the layers that `block` runs on the CPU; the library's keep about twice the activations. `bench.memory_model` compares it with what was
@@ -143,7 +143,8 @@ def memory(shapes: Shapes, work: Work, recipe: Recipe, device: str | torch.devic
         step = max((step, now), key=lambda parts: sum(parts.values()))
     base = len(recipe.layers) * s.d * s.d_in * s.element
     others = recipe.bystanders * BYSTANDER
-    weights = base + len(recipe.layers) * 4 * work.columns * (s.d + s.d_in) + others * (8 * s.d_in + 16 * others)
+    weights = base + len(recipe.layers) * 4 * work.columns * (s.d + s.d_in)
+    weights += others * (2 * s.d_in * s.element + 16 * s.d + 8 * s.d_in + 24 * others)
     return {
         **step,
         "weights": weights,

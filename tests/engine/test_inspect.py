@@ -123,5 +123,4 @@ def test_bystanders_are_counted(make_model, tokenizer):
     assert len(build_tree([row.tokens for row in rows]).token) == pytest.approx(len(rows) * BYSTANDER, rel=0.3)
     shapes, work = shapes_of(decoder_of(make_model())), typical_work(1, 2, 10)
     none, some = (memory(shapes, work, replace(ROSE, layers=(1, 2), bystanders=n))["weights"] for n in (0, len(rows)))
-    keys, products = 4 * len(rows) * BYSTANDER * shapes.d_in, 8 * (len(rows) * BYSTANDER) ** 2
-    assert some - none == pytest.approx(2 * (keys + products))  # both as they join, and joined
+    assert some > none + 2 * 4 * len(rows) * BYSTANDER * shapes.d_in  # their keys, as they join and joined
