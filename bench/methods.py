@@ -42,17 +42,17 @@ class Method:
 
 def known(editor: Editor) -> dict[str, Method]:
     """Every method that has a name. rose is the model's preset, rose_paper the paper's settings; the ablations are the preset's. All
-    edit the layers of the preset, ROME the second of them (of 4 to 8 the fifth, where it is published)."""
-    rose = editor.recipe
-    there = partial(replace, layers=rose.layers)
+    edit the layers of the preset, ROME the second of them (layer 5 of 4 to 8, where it is published)."""
+    rose, layers = editor.recipe, editor.recipe.layers
+    at_these = partial(replace, layers=layers)
     return {
         "vanilla": Method(),
-        "rome": Method(replace(ROME, layers=rose.layers[:2][-1:]), one_by_one=True),
-        "memit": Method(there(MEMIT)),
-        "alphaedit": Method(there(ALPHAEDIT)),
-        "memit_merge": Method(there(MEMIT_MERGE)),
+        "rome": Method(replace(ROME, layers=(layers[min(1, len(layers) - 1)],)), one_by_one=True),
+        "memit": Method(at_these(MEMIT)),
+        "alphaedit": Method(at_these(ALPHAEDIT)),
+        "memit_merge": Method(at_these(MEMIT_MERGE)),
         "rose": Method(rose),
-        "rose_paper": Method(there(ROSE_PAPER)),
+        "rose_paper": Method(at_these(ROSE_PAPER)),
         "rose_no_iga": Method(replace(rose, name="rose_no_iga", preconditioner="covariance", bystanders=0)),
         "rose_no_hki": Method(replace(rose, name="rose_no_hki", texts="prefixes", rewordings=0)),
         "wise": Method(edit=wise.edited, random=True),

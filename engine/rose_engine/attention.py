@@ -57,14 +57,14 @@ class TreeAttention:
         self.keep = keep
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
-        end = tree.end[nodes]
-        self.blocks: list[tuple[slice, Tensor, Tensor]] = []  # queries, their keys, and which query sees which of these
+        self.blocks: list[tuple[slice, slice | Tensor, Tensor]] = []  # queries, their keys, and which query sees which of these
+        node, end, place = nodes.cpu(), tree.end[nodes].cpu(), torch.arange(len(nodes))  # one wait, however many blocks
         for start in range(0, len(nodes), QUERY_BLOCK):
             asked = slice(start, start + QUERY_BLOCK)
-            above = (end[:start] > nodes[start]).nonzero()[:, 0]
-            seen = torch.cat([above, torch.arange(len(nodes), device=nodes.device)[asked]])
-            asker = nodes[asked, None]
-            self.blocks.append((asked, seen, (nodes[seen] <= asker) & (asker < end[seen])))
+            seen = torch.cat([(end[:start] > node[start]).nonzero()[:, 0], place[asked]])
+            asker = node[asked, None]
+            mask = (node[seen] <= asker) & (asker < end[seen])
+            self.blocks.append((asked, seen.to(nodes.device) if start else asked, mask.to(nodes.device)))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None) -> Tensor:
         if layer in self.keep:

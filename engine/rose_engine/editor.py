@@ -97,8 +97,8 @@ class Editor:
         if not tokenizer.is_fast:
             raise ValueError("a fast tokenizer is needed: subjects are located by character offsets")
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        self.recipe = recipe or preset(model.config)
         self.decoder = decoder_of(model)
+        self.recipe = recipe or preset(model.config)
         check_placed(model)
         if self.decoder.quantiser:
             pass_gradients(model)
@@ -396,7 +396,7 @@ class Editor:
             row
             for some in (edits, others)
             if count and some
-            for row in bystander_rows(some, self.tokenizer, count, spoken=[*edits, *earlier])
+            for row in bystander_rows(some, self.tokenizer, count, [*edits, *earlier], self.decoder.max_length)
         ]
 
     def prepare(self, recipe: Recipe | None = None) -> Recipe:

@@ -11,7 +11,8 @@ Memory (bytes; b: of a weight's element):
     base          the edited weights as they were, for `revert`: in host memory, from the first edit on
 The first four are held while values are optimised, the next afterwards: the larger of the two is the peak, beside the base. Written for
 the layers that `block` runs on the CPU; the library's keep about twice the activations. `bench.memory_model` compares it with what was
-used.
+used, without bystanders. These are as many as a recipe says: a first edit has fewer where its texts are few (48 names for each), one
+after others up to twice as many.
 
 Time: a layer that T tokens pass takes its parameters x s(T), s being the seconds a parameter of a product of T rows, measured on the
 device; backward takes as much again. Attention, norms, Adam, the solves of bystanders, verification and the writing of rewordings are left
@@ -162,7 +163,8 @@ def seconds(shapes: Shapes, work: Work, recipe: Recipe, rate: Callable[[int], fl
     step += sum(2 * head * rate(b.read) for b in work.batches)
     passes = sum(recipe.last_layer + 1 - layer for layer in recipe.layers) + below  # each layer is read with the ones before it written
     write = passes * s.layer * rate(work.write_nodes) + len(recipe.layers) * s.d * s.d_in * rate(2 * work.columns)
-    write += below * s.layer * rate(round(recipe.bystanders * BYSTANDER))
+    if recipe.bystanders:
+        write += below * s.layer * rate(round(recipe.bystanders * BYSTANDER))
     return {"prepare": prepare, "optimise": recipe.steps * step, "write": write}
 
 
@@ -173,8 +175,6 @@ def measured_rate(shapes: Shapes, dtype: torch.dtype, device: str | torch.device
     found: dict[int, float] = {}
 
     def rate(rows: int) -> float:
-        if not rows:
-            return 0.0
         few = min(rows, STEP_TOKENS)
         if few not in found:
             found[few] = min(_product_seconds(few, weight) for _ in range(5)) / weight.numel()

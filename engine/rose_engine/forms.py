@@ -308,12 +308,15 @@ def regulariser_row(subject: str, tokenizer: Any) -> Row:
     return Row(tokens, row.last, len(tokens))
 
 
-def bystander_rows(edits: Sequence[Edit], tokenizer: Any, count: int, spoken: Sequence[Edit] = ()) -> list[Row]:
+def bystander_rows(
+    edits: Sequence[Edit], tokenizer: Any, count: int, spoken: Sequence[Edit] = (), max_length: int | None = None
+) -> list[Row]:
     """Prompts of the edits and their rewordings about other subjects, as statements and in the chat template in turn: about `count`, as
     many for every text, with other names for each as long as there are any; a name stands in a text once.
 
     What they are read for are the keys of all their tokens, which the write is to leave alone; they have no target. Names
-    that these edits or those of `spoken` speak of, as subject or target, are passed over.
+    that these edits or those of `spoken` speak of, as subject or target, are passed over, and so are rows of more than `max_length`
+    tokens.
     """
     said = " ".join(f"{edit.subject} {edit.target}" for edit in (*edits, *spoken)).casefold()
     edited = {edit.subject.strip().casefold() for edit in (*edits, *spoken)}
@@ -326,7 +329,7 @@ def bystander_rows(edits: Sequence[Edit], tokenizer: Any, count: int, spoken: Se
         for j, text in enumerate(texts):
             row = row_of(Edit(names[(j * each + i) % len(names)], text, "-"), forms[(i + j) % len(forms)], tokenizer)
             rows.append(replace(row, tokens=row.tokens[: row.target]))
-    return rows
+    return [row for row in rows if max_length is None or len(row.tokens) <= max_length]
 
 
 def _away_from_the_start(tokenizer: Any, text: str, target: str, span: tuple[int, int], special: bool, source: str | None) -> Row:

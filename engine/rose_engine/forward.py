@@ -48,10 +48,16 @@ def tree_on(rows: Sequence[Sequence[int]], device: torch.device) -> Tree:
     return Tree(tree.token.to(device), tree.position.to(device), tree.end.to(device), tree.path)
 
 
-def run_tree(decoder: Decoder, tree: Tree, layers: range) -> Tensor:
-    """Hidden states [nodes, d] of every node of the tree after the first `len(layers)` layers, which `layers` lists."""
-    every = torch.arange(len(tree.token), device=tree.token.device)
-    return run_layers(decoder, decoder.embed(tree.token, tree.position), tree.position, layers, TreeAttention(tree, every))
+def whole_tree(tree: Tree) -> TreeAttention:
+    """Attention of every node of the tree."""
+    return TreeAttention(tree, torch.arange(len(tree.token), device=tree.token.device))
+
+
+def run_tree(decoder: Decoder, tree: Tree, layers: range, attention: TreeAttention | None = None) -> Tensor:
+    """Hidden states [nodes, d] of every node of the tree after the first `len(layers)` layers, which `layers` lists. attention: that of
+    `whole_tree`, for a caller that goes on with it."""
+    hidden = decoder.embed(tree.token, tree.position)
+    return run_layers(decoder, hidden, tree.position, layers, attention or whole_tree(tree))
 
 
 @dataclass(frozen=True)

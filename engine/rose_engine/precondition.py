@@ -95,19 +95,26 @@ class Preconditioner:
         adjusted = joined if b is keys else torch.cat([self.adjusted.to(b.dtype), b], 1)
         return Preconditioner(self.base, self.ridge, joined, adjusted, torch.cat([top, torch.cat([X.T, corner], 1)]), self.total)
 
+    def beside(self, keys: Tensor) -> Preconditioner:
+        """With more keys [d_in, n] for one write: C as it is becomes the base, and its factor is not copied into a larger one."""
+        return preconditioner(len(keys), self.ridge, self._solved, keys.device, self.total).joined(keys)
+
     def apply(self, K: Tensor) -> Tensor:
         """ridge C^-1 K [d_in, n] float32: B - base(K_p) (ridge I + K_p^T base(K_p))^-1 K_p^T B, B = base(K), solved in float64.
 
         With it `rank_update_(W, K, R, P, ridge)` writes R K^T (C + K K^T)^-1. K itself where C is the identity and nothing is protected.
         """
+        return self._solved(K).float()
+
+    def _solved(self, K: Tensor) -> Tensor:
         out = self.base(K)
         if not self.keys.shape[1]:
-            return out.float()
+            return out
         out = out.to(torch.float64, copy=True)
         share = torch.cholesky_solve(self.total(_products(self.keys, out)), self.factor)
         for i in range(0, self.keys.shape[1], BLOCK):
             out -= self.adjusted[:, i : i + BLOCK].double() @ share[i : i + BLOCK]
-        return out.float()
+        return out
 
 
 def preconditioner(

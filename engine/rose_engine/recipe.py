@@ -96,8 +96,10 @@ SMOLLM2 = replace(ROSE, name="rose-smollm2", lr=1.4, ridge=10.0)
 
 
 def preset(config: PretrainedConfig) -> Recipe:
-    """The recipe that suits a model, by its configuration: ROSE where nothing better was measured, with the layers of `layers_of_depth`."""
-    config = config.get_text_config()
+    """The recipe that suits a model, by its configuration: ROSE where nothing better was measured, with the layers of `layers_of_depth`.
+
+    Of models other than the embedded one, made-up ones of 12 layers alone were measured (docs/value-generalisation.md).
+    """
     if config.model_type == "llama" and config.num_hidden_layers == 30 and config.hidden_size == 576:
         return SMOLLM2
     return replace(ROSE, layers=layers_of_depth(config.num_hidden_layers))

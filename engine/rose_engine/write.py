@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rose_engine.architecture import Decoder
-from rose_engine.attention import TreeAttention
 from rose_engine.branch import Branch
 from rose_engine.forms import Row
-from rose_engine.forward import run_layers, run_tree, tree_on
+from rose_engine.forward import run_layers, run_tree, tree_on, whole_tree
 from rose_engine.precondition import Preconditioner
 from rose_engine.recipe import Recipe
 from rose_engine.sharding import local
@@ -82,8 +81,8 @@ def write_layers(
 
     layers, last = recipe.layers, recipe.last_layer
     others = _keys(decoder, bystanders, layers)
-    hidden = run_tree(decoder, tree, range(layers[0]))
-    attention = TreeAttention(tree, torch.arange(len(tree.token), device=device))
+    attention = whole_tree(tree)
+    hidden = run_tree(decoder, tree, range(layers[0]), attention)
     written = Written({}, {}, list(range(len(delta))) if recipe.columns == "mean" else owner.tolist())
     for i, layer in enumerate(layers):
         near = next(others, None)  # before this layer is written
@@ -95,7 +94,8 @@ def write_layers(
             K, R = _mean_columns(K, R, root, owner)
         name = decoder.weight_name(layer)
         held = preconditioner(name)
-        P = (held if near is None else held.joined(near)).apply(K)
+        P = (held if near is None else held.beside(near)).apply(K)
+        near = None
         written.factors[name], written.keys[name] = _update(decoder, layer, K, R, None if P is K else P, recipe.ridge)
         if layer != last:
             hidden = run_layers(decoder, hidden, tree.position, range(layer, layers[i + 1]), attention)
@@ -146,8 +146,8 @@ def _keys(decoder: Decoder, rows: Sequence[Row], layers: Sequence[int]) -> Itera
     if not rows:
         return
     tree = tree_on([row.tokens for row in rows], decoder.embedding.weight.device)
-    attention = TreeAttention(tree, torch.arange(len(tree.token), device=tree.token.device))
-    hidden = run_tree(decoder, tree, range(layers[0]))
+    attention = whole_tree(tree)
+    hidden = run_tree(decoder, tree, range(layers[0]), attention)
     for layer, following in zip(layers, (*layers[1:], layers[-1] + 1), strict=True):
         with reading(decoder, [layer]) as keys:
             hidden = run_layers(decoder, hidden, tree.position, range(layer, following), attention)

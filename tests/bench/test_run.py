@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from rose_engine import ROSE, Editor
 
 import bench.report
 import bench.run
-from bench.methods import methods_of
+from bench.methods import known, methods_of
 from bench.metrics import token_f1
 from bench.quality import METRICS
 from bench.suites import SUITES, by_count, summary
@@ -194,6 +195,15 @@ def test_summaries_are_means_over_subjects_then_seeds():
 def test_recipes_that_are_none_are_named(make_model, tokenizer, names, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
         methods_of(names, Editor(make_model(), tokenizer, ROSE))
+
+
+def test_methods_edit_the_layers_of_the_preset(make_model, tokenizer):
+    """All of them; and what is published has neither bystanders nor rewordings."""
+    editor = Editor(make_model(), tokenizer, replace(ROSE, layers=(1, 2, 4)))
+    recipes = {name: method.recipe for name, method in known(editor).items() if method.recipe}
+    assert recipes.pop("rome").layers == (2,) and {recipe.layers for recipe in recipes.values()} == {(1, 2, 4)}
+    published = [recipes[name] for name in ("rose_paper", "memit", "memit_merge", "alphaedit")]
+    assert not any(recipe.bystanders or recipe.rewordings for recipe in published) and recipes["rose"].bystanders
 
 
 def browse(page: Path, profile: Path) -> tuple[str, str]:

@@ -80,7 +80,7 @@ def test_reading_is_that_of_whole_forward_passes(model, tokenizer):
 
 def test_edit_revert_load_and_ship(model, tokenizer, tmp_path):
     base, twin = bits(model), copy.deepcopy(model)
-    editor, losses = Editor(model, tokenizer, replace(RECIPE, noise=0.0)), []
+    editor, losses = Editor(model, tokenizer, replace(RECIPE, noise=0.0, bystanders=3)), []
     result = editor.apply((*IMO, *LIN), progress=lambda *told: losses.append(told[-1]))
     assert losses[-1] < losses[0]
     edited = bits(model)

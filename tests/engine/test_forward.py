@@ -59,7 +59,8 @@ def test_suffix_engine_on_the_embedded_model(smollm2):
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])  # those that `block` writes out; the others: test_families
 @pytest.mark.parametrize("budget", [1, 10**6])
-def test_suffix_engine_on_tiny_models(make_model, tokenizer, kind, budget):
+def test_suffix_engine_on_tiny_models(make_model, tokenizer, monkeypatch, kind, budget):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 3)  # the prefixes are a part of a tree, asked in many blocks
     check_against_naive(make_model(kind), tokenizer, layer=2, scale=0.5, budget=budget, loss_bound=1e-5, grad_bound=3e-5)
     wide = make_model(kind, head_dim=32)  # two whole vectors, so that the layers are those written out in `block`
     check_against_naive(wide, tokenizer, layer=2, scale=0.5, budget=budget, loss_bound=1e-5, grad_bound=3e-5, written=True)

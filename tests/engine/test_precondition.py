@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from rose_engine import precondition
 from rose_engine.precondition import covariance, identity, moment_factor, moment_null_space, null_space, preconditioner
 
 from rose_kernels import rank_update_
@@ -25,17 +26,21 @@ def split(keys):
 
 @pytest.mark.parametrize("kind", ["identity", "covariance"])
 @pytest.mark.parametrize("m", [0, 1, 20, 1100])
-def test_preconditioner_is_the_dense_one(kind, m):
-    """However many times keys joined; more keys than can be widened at a time."""
+@pytest.mark.parametrize("block", [7, 512])
+@pytest.mark.parametrize("last", ["joined", "beside"])
+def test_preconditioner_is_the_dense_one(monkeypatch, kind, m, block, last):
+    """However many times keys joined, or stood beside for one write; more keys than can be widened at a time."""
+    monkeypatch.setattr(precondition, "BLOCK", block)
     n, M = 6, moment()
     K, keys, R, W = torch.randn(D_IN, n), torch.randn(D_IN, m), torch.randn(D_OUT, n), torch.randn(D_OUT, D_IN)
     keys[:, -1:] = keys[:, :1]
     k, p = K.double(), keys.double()
     C = (RIDGE * torch.eye(D_IN, dtype=torch.float64) if kind == "identity" else 7.0 * M) + p @ p.T
     held = preconditioner(D_IN, RIDGE, identity if kind == "identity" else covariance(moment_factor(M), 7.0, RIDGE))
-    for some in split(keys):
+    *first, rest = split(keys)
+    for some in first:
         held = held.joined(some)
-    P = held.apply(K)
+    P = getattr(held, last)(rest).apply(K)
     inverse = torch.linalg.solve(C, k)
     assert (P.double() - RIDGE * inverse).norm() <= 1e-5 * RIDGE * inverse.norm()
     wanted = R.double() @ k.T @ torch.linalg.inv(C + k @ k.T)

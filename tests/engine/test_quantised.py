@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tests.conftest import IMO, LIN, MARTEAU
 
 pytest.importorskip("bitsandbytes")
-RECIPE = replace(ROSE, rewordings=0, bystanders=0, layers=(1, 2), steps=10, lr=0.2, forms=4, noise=0.0)
+RECIPE = replace(ROSE, rewordings=0, bystanders=3, layers=(1, 2), steps=10, lr=0.2, forms=4, noise=0.0)
 BITS = {
     "4 bits": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
     "8 bits": BitsAndBytesConfig(load_in_8bit=True),
@@ -118,7 +118,7 @@ def test_a_projection_without_a_gradient_is_told():
 
 def test_the_write_meets_what_it_was_asked_for(load, tokenizer):
     """Against the same system in float64, from the keys and factors of the delta."""
-    editor = Editor(load(), tokenizer, replace(RECIPE, ridge=2.0))
+    editor = Editor(load(), tokenizer, replace(RECIPE, ridge=2.0, bystanders=0))
     delta = editor.apply((*IMO, *LIN), verify=False).delta
     for name, (U, V) in delta.factors.items():
         K = delta.keys[name].double()
