@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from rose_engine import ROSE
 from rose_engine.architecture import decoder_of
-from rose_engine.estimate import Shapes, memory, seconds, shapes_of, typical_work
+from rose_engine.estimate import BYSTANDER, Shapes, memory, seconds, shapes_of, typical_work
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.output import add_json, emit
@@ -43,7 +43,7 @@ def shapes(name: str) -> Shapes:
 def row(s: Shapes, facts: int, bandwidth: float, rate: float) -> dict[str, float]:
     """Figures of one model; bytes and seconds."""
     work = typical_work(1, facts, ROSE.forms)
-    model = s.parameters * s.element
+    model, others = s.parameters * s.element, ROSE.bystanders * BYSTANDER
     need = memory(s, work, ROSE, "cuda")["total"]
     ranks = 1 << max(0, math.ceil(math.log2((model + need) / (0.9 * GPU_BYTES))))
     edit = sum(seconds(s, work, ROSE, lambda rows: max(s.element / bandwidth, 2 * rows / rate)).values()) / ranks
@@ -54,7 +54,7 @@ def row(s: Shapes, facts: int, bandwidth: float, rate: float) -> dict[str, float
         "edit_s": edit,
         "subjects_an_hour": 3600 / edit,
         "delta_bytes": 4 * len(ROSE.layers) * work.columns * (s.d + 2 * s.d_in),
-        "exchanged_bytes": 4 * len(ROSE.layers) * (work.columns**2 * 2 + 2 * work.columns * s.d_in) if ranks > 1 else 0,
+        "exchanged_bytes": len(ROSE.layers) * (8 * work.columns**2 + 8 * others**2 + 8 * work.columns * s.d_in) if ranks > 1 else 0,
         "covariance_bytes": 4 * len(ROSE.layers) * s.d_in**2,
     }
 

@@ -58,7 +58,7 @@ class TreeAttention:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.blocks: list[tuple[slice, slice | Tensor, Tensor]] = []  # queries, their keys, and which query sees which of these
-        node, end, place = nodes.cpu(), tree.end[nodes].cpu(), torch.arange(len(nodes))  # one wait, however many blocks
+        node, end, place = nodes.cpu(), tree.end[nodes].cpu(), torch.arange(len(nodes))  # on the host: no wait for every block
         for start in range(0, len(nodes), QUERY_BLOCK):
             asked = slice(start, start + QUERY_BLOCK)
             seen = torch.cat([(end[:start] > node[start]).nonzero()[:, 0], place[asked]])
