@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from rose_engine import ROSE
 from rose_engine.architecture import decoder_of
-from rose_engine.estimate import BYSTANDER, Shapes, memory, seconds, shapes_of, typical_work
+from rose_engine.estimate import Shapes, bystander_nodes, memory, seconds, shapes_of, typical_work
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.output import add_json, emit
@@ -43,7 +43,7 @@ def shapes(name: str) -> Shapes:
 def row(s: Shapes, facts: int, bandwidth: float, rate: float) -> dict[str, float]:
     """Figures of one model; bytes and seconds."""
     work = typical_work(1, facts, ROSE.forms)
-    model, others = s.parameters * s.element, ROSE.bystanders * BYSTANDER
+    model, others = s.parameters * s.element, bystander_nodes(ROSE)
     need = memory(s, work, ROSE, "cuda")["total"]
     ranks = 1 << max(0, math.ceil(math.log2((model + need) / (0.9 * GPU_BYTES))))
     edit = sum(seconds(s, work, ROSE, lambda rows: max(s.element / bandwidth, 2 * rows / rate)).values()) / ranks

@@ -127,6 +127,11 @@ def typical_work(subjects: int, facts: int, forms: int) -> Work:
     return Work(tuple(batches), round(facts_rows * WRITE_NODES), round(facts_rows * COLUMNS))
 
 
+def bystander_nodes(recipe: Recipe) -> int:
+    """Nodes of the tree of a recipe's bystanders, each of which has a key that is protected, as texts are on average."""
+    return round(recipe.bystanders * BYSTANDER)
+
+
 def memory(shapes: Shapes, work: Work, recipe: Recipe, device: str | torch.device = "cpu") -> dict[str, float]:
     """Bytes above the loaded model, by part, and `total`, the device's: the largest batch's, or the weights' where they are more; with the
     base where the device is the host."""
@@ -143,7 +148,7 @@ def memory(shapes: Shapes, work: Work, recipe: Recipe, device: str | torch.devic
         }
         step = max((step, now), key=lambda parts: sum(parts.values()))
     base = len(recipe.layers) * s.d * s.d_in * s.element
-    others = recipe.bystanders * BYSTANDER
+    others = bystander_nodes(recipe)
     weights = base + len(recipe.layers) * 4 * work.columns * (s.d + s.d_in)
     weights += others * (2 * s.d_in * s.element + 16 * s.d + 8 * s.d_in + 24 * others)
     return {
@@ -164,7 +169,7 @@ def seconds(shapes: Shapes, work: Work, recipe: Recipe, rate: Callable[[int], fl
     passes = sum(recipe.last_layer + 1 - layer for layer in recipe.layers) + below  # each layer is read with the ones before it written
     write = passes * s.layer * rate(work.write_nodes) + len(recipe.layers) * s.d * s.d_in * rate(2 * work.columns)
     if recipe.bystanders:
-        write += below * s.layer * rate(round(recipe.bystanders * BYSTANDER))
+        write += below * s.layer * rate(bystander_nodes(recipe))
     return {"prepare": prepare, "optimise": recipe.steps * step, "write": write}
 
 

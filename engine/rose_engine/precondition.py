@@ -10,7 +10,7 @@ join; a d_in x d_in matrix exists only where a corpus was asked for, and is fact
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,9 +77,9 @@ class Preconditioner:
 
         ValueError where the keys are not finite.
         """
-        b, before = self.base(keys), self.keys.shape[1]
+        b, first = self.base(keys), not self.keys.shape[1]
         system = self.total(_own_products(keys, b))
-        if before:
+        if not first:
             X = torch.linalg.solve_triangular(self.factor, self.total(_products(self.keys, b)), upper=False)
             system -= X.T @ X
         system.diagonal().add_(self.ridge)
@@ -87,13 +87,13 @@ class Preconditioner:
         if int(info):
             raise ValueError(f"the protected keys' system is not positive definite (leading minor {int(info)} of {len(system)})")
         # The identity adjusts nothing: one tensor serves as both.
-        if not before:
+        if first:  # nothing to lay beside: no copy of what is large
             joined = keys.float()
-            return Preconditioner(self.base, self.ridge, joined, joined if b is keys else b, corner, self.total)
+            return replace(self, keys=joined, adjusted=joined if b is keys else b, factor=corner)
         top = torch.cat([self.factor, self.factor.new_zeros(X.shape)], 1)
         joined = torch.cat([self.keys, keys.float()], 1)
         adjusted = joined if b is keys else torch.cat([self.adjusted.to(b.dtype), b], 1)
-        return Preconditioner(self.base, self.ridge, joined, adjusted, torch.cat([top, torch.cat([X.T, corner], 1)]), self.total)
+        return replace(self, keys=joined, adjusted=adjusted, factor=torch.cat([top, torch.cat([X.T, corner], 1)]))
 
     def beside(self, keys: Tensor) -> Preconditioner:
         """With more keys [d_in, n] for one write: C as it is becomes the base, and its factor is not copied into a larger one."""
