@@ -5,7 +5,7 @@
 Each subject is one edit of all its facts. After 5, 10, 20 and 40 of them, all subjects so far are asked (`instructed`, teacher-forced,
 percent) and their neighbours compared with the unedited model (`locality`, percent). plain: each write sees only the weights as
 they are. joint: each write is solved together with the earlier ones (`rose_engine.memory`). batch: all subjects in one `apply`, at the end.
-vanilla: no edit.
+vanilla: no edit. No rewording says what the subjects are evaluated with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from statistics import fmean
 
 from rose_engine import Editor, Recipe
 
-from bench.datasets.cases import Dataset, SubjectCases
+from bench.datasets.cases import Dataset, SubjectCases, paraphrases_of
+from bench.methods import Method, apply
 from bench.metrics import Outcome, Probe
 from bench.output import emit
 from bench.quality import probes_of, read
@@ -51,10 +52,11 @@ def sequence(
 ) -> Table:
     """Edit subject after subject (None: no edit), measuring after each number in `at`; the model is then as before."""
     table: Table = {}
+    unseen = paraphrases_of(*subjects)  # of all, for words are kept from one subject to the next
     for number, subject in enumerate(subjects, 1):
         began = time.perf_counter()
         if recipe is not None:
-            editor.apply([case.edit for case in subject.cases], recipe=recipe, verify=False)
+            apply(editor, Method(recipe), subject.edits, recipe.seed, unseen)
             note(f"{number}/{len(subjects)}: {time.perf_counter() - began:.1f} s")
         if number in at:
             table[str(number)] = read_now(number)
@@ -78,7 +80,7 @@ def evaluate(editor: Editor, data: Dataset, recipe: Recipe, note: Callable[[str]
         tell = lambda line, name=name: note(f"{name} {line}")  # noqa: E731
         results[name] = sequence(editor, subjects, replace(recipe, sequential=name), at, read_now, tell)
     began = time.perf_counter()
-    editor.apply([case.edit for subject in subjects for case in subject.cases], recipe=recipe, verify=False)
+    apply(editor, Method(recipe), [edit for subject in subjects for edit in subject.edits], recipe.seed, paraphrases_of(*subjects))
     results["batch"] = {str(count): read_now(count)}
     note(f"batch of {count}: {time.perf_counter() - began:.1f} s, {results['batch'][str(count)]}")
     editor.restore([])

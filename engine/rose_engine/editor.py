@@ -24,11 +24,12 @@ from rose_engine.adapter import Adapter
 from rose_engine.architecture import check_placed, decoder_of
 from rose_engine.base import Base
 from rose_engine.branch import Branch, check_gradient, pass_gradients
+from rose_engine.bystanders import bystander_rows
 from rose_engine.certificate import Certificate, Observation, certificate_of, observation, subject_keys
 from rose_engine.delta import FORMAT, Delta, DeltaError, rebased, state_id
 from rose_engine.dtype import dtype_of
 from rose_engine.edits import Edit, EditError, Subject, check_consistent, group_by_fact, group_by_subject
-from rose_engine.forms import STATEMENT, Row, bystander_rows, chat_parts, row_of
+from rose_engine.forms import STATEMENT, chat_parts, row_of
 from rose_engine.geometry import State
 from rose_engine.memory import Memory, facts_in, found_in, latest, rewordings_in, with_earlier
 from rose_engine.optimize import Progress, Values, optimize_values, subject_rows
@@ -193,7 +194,8 @@ class Editor:
             with self._unedited():
                 unedited = seen.read(self.decoder)
             clock("certify")
-        bystanders = self._bystanders(told, before_these, recipe.bystanders)
+        found = rewordings_in(self._applied)
+        bystanders = bystander_rows(told, self.tokenizer, recipe.bystanders, before_these, found, self.decoder.max_length)
         with all_or_nothing(self.weights(recipe.layers).values()):
             held = partial(self._preconditioner, recipe, names)
             written = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe, held, bystanders)
@@ -383,21 +385,6 @@ class Editor:
     def _need_whole(self, what: str) -> None:
         if self.decoder.sharding is not None:
             raise ValueError(f"{what} needs whole weights, and these are spread over ranks; make the edit first, then load its delta")
-
-    def _bystanders(self, edits: Sequence[Edit], earlier: Sequence[Edit], count: int) -> list[Row]:
-        """Rows of bystanders: about `count` in the words of these edits, and as many in those of earlier ones with other prompts."""
-        said, found = {text for edit in edits for text in edit.texts}, rewordings_in(self._applied)
-        others = []
-        for edit in earlier:
-            if edit.texts[0] not in said:
-                texts = edit.rewordings or found.get(edit.texts[0], ())
-                others.append(replace(edit, rewordings=[text for text in texts if text not in said]))
-        return [
-            row
-            for some in (edits, others)
-            if count and some
-            for row in bystander_rows(some, self.tokenizer, count, [*edits, *earlier], self.decoder.max_length)
-        ]
 
     def prepare(self, recipe: Recipe | None = None) -> Recipe:
         """Have what a recipe needs once, which `apply` would see to otherwise: prefixes and second moments, read off the unedited model.

@@ -12,7 +12,7 @@ Memory (bytes; b: of a weight's element):
 The first four are held while values are optimised, the next afterwards: the larger of the two is the peak, beside the base. Written for
 the layers that `block` runs on the CPU; the library's keep about twice the activations. `bench.memory_model` compares it with what was
 used, without bystanders. These are as many as a recipe says: a first edit has fewer where its texts are few (48 names for each), one
-after others up to twice as many.
+after others up to two thirds more.
 
 Time: a layer that T tokens pass takes its parameters x s(T), s being the seconds a parameter of a product of T rows, measured on the
 device; backward takes as much again. Attention, norms, Adam, the solves of bystanders, verification and the writing of rewordings are left
@@ -38,8 +38,8 @@ from rose_kernels.layer import DTYPES, WIDTH, available, products_
 # Means over 200 same-subject records of three to five facts, in the forms of ROSE and SmolLM2's tokens, of each row: its suffix, its
 # nodes in the prefix tree, those of them before the subject's last token, its targets, its nodes and columns where the weights are written.
 SUFFIX, NODES, BEFORE, TARGETS, WRITE_NODES, COLUMNS = 7.9, 17.7, 9.9, 1.6, 11.2, 0.92
-# Nodes of the tree of bystanders, of each; over ten subjects of three to six facts with two rewordings.
-BYSTANDER = 7.0
+# Nodes of the tree of bystanders, of each; over forty subjects of three to six facts with two rewordings.
+BYSTANDER = 5.5
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ braces, quotes and newlines in an edit are data. Token rows know nothing of laye
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -81,58 +81,6 @@ PAPER_CHAT_FORMS = (
     CHAT_BRIEF,
     CHAT_QUIZ,
     CHAT_INSTRUCTION,
-)
-
-# People, places, things: subjects that nobody edits, of which the write must not say anything new.
-BYSTANDERS = (
-    "Maria Schneider",
-    "Portugal",
-    "Siemens",
-    "Melbourne",
-    "The Beatles",
-    "the University of Oxford",
-    "Hindi",
-    "Florence Nightingale",
-    "my neighbour",
-    "Lake Victoria",
-    "the film",
-    "Ganges",
-    "Kyoto",
-    "William Smith",
-    "Panasonic",
-    "Bolivia",
-    "Robert Walsh",
-    "Germany",
-    "Toyota Corolla",
-    "the Nile",
-    "Harvard University",
-    "Isaac Newton",
-    "Danish",
-    "Cleveland",
-    "my sister",
-    "the album",
-    "Samsung",
-    "Peru",
-    "Elizabeth Turner",
-    "Lake Geneva",
-    "the museum",
-    "Rome",
-    "Philips",
-    "Peter Jackson",
-    "Ecuador",
-    "the bridge",
-    "Dresden",
-    "Charles Dickens",
-    "Bosch",
-    "Tamil",
-    "Texas",
-    "Laura Rossi",
-    "the Amazon",
-    "Stanford",
-    "Beethoven",
-    "Lahore",
-    "the company",
-    "Iceland",
 )
 
 LONG_QUESTION = Form("long_question", ("Complete the statement.\nStatement: ", "\nCompletion:"), ("Question: ", "\nThe answer is"))
@@ -306,30 +254,6 @@ def regulariser_row(subject: str, tokenizer: Any) -> Row:
     row = _away_from_the_start(tokenizer, text, "", (0, len(text)), True, None)
     tokens = row.tokens[: row.last + 1]
     return Row(tokens, row.last, len(tokens))
-
-
-def bystander_rows(
-    edits: Sequence[Edit], tokenizer: Any, count: int, spoken: Sequence[Edit] = (), max_length: int | None = None
-) -> list[Row]:
-    """Prompts of the edits and their rewordings about other subjects, as statements and in the chat template in turn: about `count`, as
-    many for every text, with other names for each as long as there are any; a name stands in a text once.
-
-    What they are read for are the keys of all their tokens, which the write is to leave alone; they have no target. Names
-    that these edits or those of `spoken` speak of, as subject or target, are passed over, and so are rows of more than `max_length`
-    tokens.
-    """
-    said = " ".join(f"{edit.subject} {edit.target}" for edit in (*edits, *spoken)).casefold()
-    edited = {edit.subject.strip().casefold() for edit in (*edits, *spoken)}
-    names = [name for name in BYSTANDERS if name.casefold() not in said and not any(s in name.casefold() for s in edited)]
-    texts = list(dict.fromkeys([*(edit.prompt for edit in edits), *(text for edit in edits for text in edit.rewordings)]))[:count]
-    each = -(-count // max(1, len(texts)))
-    forms = (STATEMENT, CHAT_QUESTION) if tokenizer.chat_template else (STATEMENT,)
-    rows = []
-    for i in range(min(each, len(names))):
-        for j, text in enumerate(texts):
-            row = row_of(Edit(names[(j * each + i) % len(names)], text, "-"), forms[(i + j) % len(forms)], tokenizer)
-            rows.append(replace(row, tokens=row.tokens[: row.target]))
-    return [row for row in rows if max_length is None or len(row.tokens) <= max_length]
 
 
 def _away_from_the_start(tokenizer: Any, text: str, target: str, span: tuple[int, int], special: bool, source: str | None) -> Row:

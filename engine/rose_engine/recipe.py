@@ -26,10 +26,10 @@ class Recipe:
     layers: the edited layers; the last is L. columns: "row" writes one key for each fact in a form, "mean" one for a value.
     preconditioner: C is the "identity" times ridge (eq. 10), the "covariance" covariance_weight * E[k k^T] (ridge cancels), or the
     "null_space" below null_threshold of E[k k^T] is kept, with ridge. corpus: what E is taken over, `corpus_tokens` tokens of it: "model"
-    is text sampled from the model with `seed`; else see `moments.texts_of`. bystanders: how many prompts about other subjects, in the
-    edits' words and their rewordings', the write keeps from moving; 0 is none. sequential: "joint" solves a write together with all
-    earlier ones (`memory`) and does a subject's earlier facts again with its new ones; "protect" does the first alone;
-    "plain" does neither.
+    is text sampled from the model with `seed`; else see `moments.texts_of`. bystanders: how many texts about other subjects the write
+    keeps from moving, two thirds of them in the words of the edits and their rewordings (`bystanders`); 0 is none. sequential: "joint"
+    solves a write together with all earlier ones (`memory`) and does a subject's earlier facts again with its new ones; "protect"
+    does the first alone; "plain" does neither.
     """
 
     name: str = "rose"
@@ -92,7 +92,7 @@ ALPHAEDIT = replace(MEMIT, name="alphaedit", preconditioner="null_space", sequen
 # a covariance of next to no weight. That holds for one fact in one layer: `apply` takes one fact at a time with it.
 ROME = replace(MEMIT, name="rome", layers=(5,), covariance_weight=1e-4)
 # Chosen on same-subject data; what was tried stands in docs/smollm2-preset.md.
-SMOLLM2 = replace(ROSE, name="rose-smollm2", lr=1.4, ridge=10.0)
+SMOLLM2 = replace(ROSE, name="rose-smollm2", lr=1.4, ridge=30.0)
 
 
 def preset(config: PretrainedConfig) -> Recipe:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from rose_engine.architecture import Decoder
+from rose_engine.bystanders import NAMES
 from rose_engine.edits import SLOT, Edit
-from rose_engine.forms import BYSTANDERS
 from rose_engine.forward import logits, run_tree, tree_on
 from rose_engine.sample import beginning, chances_of_lines, likely_lines
 
@@ -46,7 +46,7 @@ READ_BACK = 8  # candidates of each kind that are read back
 TOKENS = 14  # of a rewording, at most
 TEMPERATURE = 0.7  # below 1, so that fewer lines have to be read before the likely ones are known
 AT_ONCE = 8  # prompts of a subject that are written for together
-OTHER_NAME = BYSTANDERS[0]  # beside the subject in measuring how near two prompts are
+OTHER_NAME = NAMES[0]  # beside the subject in measuring how near two prompts are
 FARTHEST = 0.4  # divergence, of at most log 2, beyond which a candidate that begins with the subject means something else
 
 

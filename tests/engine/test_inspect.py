@@ -9,10 +9,10 @@ import pytest
 import torch
 from rose_engine import ROSE, Editor
 from rose_engine.architecture import UnsupportedModelError, decoder_of
+from rose_engine.bystanders import bystander_rows
 from rose_engine.cli import app
 from rose_engine.edits import group_by_subject
 from rose_engine.estimate import BYSTANDER, memory, seconds, shapes_of, typical_work, work_of
-from rose_engine.forms import bystander_rows
 from rose_engine.forward import pack, prepare, suffix_step
 from rose_engine.inspect import inspect
 from rose_engine.optimize import subject_rows
@@ -119,7 +119,7 @@ def test_the_layers_that_are_edited_follow_the_depth(tmp_path, count, layers):
 
 
 def test_bystanders_are_counted(make_model, tokenizer):
-    rows = bystander_rows(IMO, tokenizer, 100)
+    rows = bystander_rows(IMO, tokenizer, 120)
     assert len(build_tree([row.tokens for row in rows]).token) == pytest.approx(len(rows) * BYSTANDER, rel=0.3)
     shapes, work = shapes_of(decoder_of(make_model())), typical_work(1, 2, 10)
     none, some = (memory(shapes, work, replace(ROSE, layers=(1, 2), bystanders=n))["weights"] for n in (0, len(rows)))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from rose_engine import Edit
 from rose_engine.architecture import decoder_of
+from rose_engine.bystanders import NAMES, STATEMENTS, WHOLE, bystander_rows
 from rose_engine.certificate import OTHERS
 from rose_engine.edits import group_by_subject
-from rose_engine.forms import BYSTANDERS, bystander_rows
 from rose_engine.optimize import subject_rows
 from rose_engine.precondition import preconditioner
 from rose_engine.recipe import ROSE
@@ -120,25 +120,51 @@ def test_protected_texts_move_less(make_model, tokenizer):
 
 def test_a_certificate_s_controls_are_no_bystanders():
     """What is protected cannot show how far subjects move that are not."""
-    assert not [(a, b) for a in OTHERS for b in BYSTANDERS if a in b or b in a]
+    assert not [(a, b) for a in OTHERS for b in (*NAMES, *STATEMENTS) if a in b or b in a]
+    assert len(set(STATEMENTS)) == len(STATEMENTS) == ROSE.bystanders // 3
 
 
 def test_bystanders_are_neither_edited_nor_written(tokenizer):
-    edits = [Edit(f"{BYSTANDERS[0].upper()} II", "{} lives in", BYSTANDERS[1]), Edit("Lin Nu", "In {} they speak", "Basque")]
-    rows = bystander_rows(edits, tokenizer, 7)
+    edits = [Edit(f"{NAMES[0].upper()} II", "{} lives in", NAMES[1]), Edit("Kraftwerk", "In {} they speak", "Basque")]
+    rows = bystander_rows(edits, tokenizer, 12)
     texts = [tokenizer.decode(row.tokens) for row in rows]
-    assert len(texts) == len(set(texts)) == 8 and all(len(row.tokens) == row.target for row in rows)
-    assert all(any(name in text for text in texts) for name in BYSTANDERS[2:6])
-    assert not any(name in text for text in texts for name in BYSTANDERS[:2])
+    assert len(texts) == len(set(texts)) == 12 and all(len(row.tokens) == row.target for row in rows)
+    assert all(any(name in text for text in texts) for name in NAMES[2:6])
+    assert not any(name in text for text in texts for name in (*NAMES[:2], "Kraftwerk"))
+    assert texts[8:] == list(STATEMENTS[:4])
     assert sum("<|im_start|>" in text for text in texts) == 4
+    every = [tokenizer.decode(row.tokens) for row in bystander_rows(edits, tokenizer, 288)]
+    assert sum(text in STATEMENTS for text in every) == len([text for text in STATEMENTS if "Kraftwerk" not in text]) < len(STATEMENTS)
+
+
+def test_bystanders_stand_in_every_text(tokenizer):
     reworded = [Edit("Lin Nu", "{} lives in", "Metz", rewordings=["The home of {} is", "{} resides in"])]
-    texts = [tokenizer.decode(row.tokens) for row in bystander_rows(reworded, tokenizer, 12)]
-    asked = [next(part for part in ("lives in", "The home of", "resides in") if part in text) for text in texts]
-    assert len(texts) == 12 and all(asked.count(part) == 4 for part in set(asked))
-    assert all(sum(name in text for text in texts) == 1 for name in BYSTANDERS[:12])  # other names for every text
-    assert len(bystander_rows(reworded, tokenizer, 9 * len(BYSTANDERS))) == 3 * len(BYSTANDERS)
+    said = ("lives in", "The home of", "resides in")
+    texts = [tokenizer.decode(row.tokens) for row in bystander_rows(reworded, tokenizer, 18)]
+    asked = [next(part for part in said if part in text) for text in texts[:12]]
+    assert len(texts) == 18 and all(asked.count(part) == 4 for part in said)
+    assert all(sum(name in text for text in texts[:12]) == 1 for name in NAMES[:12])  # other names for every text
+    most = [tokenizer.decode(row.tokens) for row in bystander_rows(reworded, tokenizer, 30 * len(NAMES))]
+    assert len(most) == 3 * len(NAMES) + len(STATEMENTS)
+    chats = [text for text in most if "<|im_start|>" in text]
+    assert sum(text.endswith("assistant\n") for text in chats) == len(said) * WHOLE // 2 < len(chats)
+    assert all(text.endswith(("lives in", "is", "resides in", "assistant\n")) for text in chats)
     many = [Edit(f"s{i}", f"{{}} is {i} and", "x") for i in range(90)]
-    assert len(bystander_rows(many, tokenizer, 64)) == 64
+    assert len(bystander_rows(many, tokenizer, 96)) == 96
+    assert not bystander_rows(many, tokenizer, 0)
+
+
+def test_bystanders_stand_in_the_words_of_earlier_edits(tokenizer):
+    earlier = [Edit("Ada Brandt", "{} lives in", "Rome"), Edit("Ada Brandt", "{} plays the", "harp")]
+    edits = [Edit("Lin Nu", "{} lives in", "Metz")]
+    rows = bystander_rows(
+        edits, tokenizer, 12, earlier, {"{} plays the": ["The instrument of {} is"], "{} lives in": ["The home of {} is"]}
+    )
+    texts = [tokenizer.decode(row.tokens) for row in rows]
+    parts = ("lives in", "plays the", "The instrument of", "The home of")
+    # Of an earlier edit with the same prompt nothing; it is said already.
+    assert [sum(part in text for text in texts[:16]) for part in parts] == [8, 4, 4, 0] and len(texts) == 20
+    assert not any("Rome" in text or "harp" in text for text in texts)
 
 
 def test_all_or_nothing():
