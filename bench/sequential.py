@@ -5,13 +5,13 @@
 Each subject is one edit of all its facts. After 5, 10, 20 and 40 of them, all subjects so far are asked (`instructed`, teacher-forced,
 percent) and their neighbours compared with the unedited model (`locality`, percent). plain: each write sees only the weights as
 they are. joint: each write is solved together with the earlier ones (`rose_engine.memory`). batch: all subjects in one `apply`, at the end.
-vanilla: no edit. No rewording says what the subjects are evaluated with.
+vanilla: no edit. No rewording says a paraphrase of the data.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -49,10 +49,11 @@ def sequence(
     at: Sequence[int],
     read_now: Callable[[int], dict[str, float]],
     note: Callable[[str], None],
+    unseen: Collection[str] = (),
 ) -> Table:
-    """Edit subject after subject (None: no edit), measuring after each number in `at`; the model is then as before."""
+    """Edit subject after subject (None: no edit), measuring after each number in `at`; the model is then as before. unseen: what no
+    rewording may say."""
     table: Table = {}
-    unseen = paraphrases_of(*subjects)  # of all, for words are kept from one subject to the next
     for number, subject in enumerate(subjects, 1):
         began = time.perf_counter()
         if recipe is not None:
@@ -75,12 +76,13 @@ def evaluate(editor: Editor, data: Dataset, recipe: Recipe, note: Callable[[str]
     unedited = [read(editor, asked) for asked in probes]
     at = [n for n in COUNTS if n < count] + [count]
     read_now = lambda n: measure(editor, probes[:n], unedited[:n])  # noqa: E731
+    unseen = paraphrases_of(*subjects)  # of all, for words are kept from one subject to the next
     results = {"vanilla": sequence(editor, subjects, None, at, read_now, note)}
     for name in ("plain", "joint"):
         tell = lambda line, name=name: note(f"{name} {line}")  # noqa: E731
-        results[name] = sequence(editor, subjects, replace(recipe, sequential=name), at, read_now, tell)
+        results[name] = sequence(editor, subjects, replace(recipe, sequential=name), at, read_now, tell, unseen)
     began = time.perf_counter()
-    apply(editor, Method(recipe), [edit for subject in subjects for edit in subject.edits], recipe.seed, paraphrases_of(*subjects))
+    apply(editor, Method(recipe), [edit for subject in subjects for edit in subject.edits], recipe.seed, unseen)
     results["batch"] = {str(count): read_now(count)}
     note(f"batch of {count}: {time.perf_counter() - began:.1f} s, {results['batch'][str(count)]}")
     editor.restore([])

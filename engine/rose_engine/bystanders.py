@@ -7,12 +7,13 @@ their tokens; none has a target.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from rose_engine.edits import Edit
-from rose_engine.forms import CHAT_QUESTION, STATEMENT, Row, chat_parts, encode, row_of
+from rose_engine.forms import CHAT_QUESTION, STATEMENT, Row, chat_parts, encode, render, row_of
 
 # People, places, things that stand in the edits' words.
 NAMES = (
@@ -66,9 +67,11 @@ NAMES = (
     "Iceland",
 )
 
-# Of the prompts in the chat template as many names' go on to where the answer begins; there they are all nearly alike.
-WHOLE = 2
+# So many texts stand once in a chat that goes on to where the answer begins; the others end with the text, for there chats are all alike.
+WHOLE = 20
 
+# The share of bystanders that say nothing of an edit. 97 of 384 brought as much as 350 of 540 (docs/value-generalisation.md).
+GENERAL = 1 / 3
 # Beginnings of sentences, each about somebody or something else.
 STATEMENTS = (
     "Katarzyna Wojcik was born in the town of",
@@ -180,42 +183,59 @@ def bystander_rows(
 ) -> list[Row]:
     """About `count` bystanders of these edits: a third of them `STATEMENTS`, as far as these go, the others in the edits' words.
 
-    earlier: edits in the weights, in whose words as many others stand; found: rewordings of such as bring none, by prompt. Texts that
-    name a subject or a target of these or of earlier edits are passed over, and so are rows of more than `max_length` tokens.
+    earlier: edits in the weights, in whose words as many others stand; found: rewordings of such as bring none, by prompt. Passed over are
+    names in which a subject of these or earlier edits is named or that a subject or target names, statements that name either, and
+    rows of more than `max_length` tokens.
     """
-    texts = _texts(edits, {})
-    before = [text for text in _texts([edit for edit in earlier if edit.texts[0] not in texts], found or {}) if text not in texts]
+    texts = _texts(edits)
+    said = set(texts)
+    before = [text for text in _texts([edit for edit in earlier if edit.texts[0] not in said], found) if text not in said]
     every = [*edits, *earlier]
     told = " ".join(f"{edit.subject} {edit.target}" for edit in every).casefold()
     edited = {edit.subject.strip().casefold() for edit in every}
     names = [name for name in NAMES if name.casefold() not in told and not any(subject in name.casefold() for subject in edited)]
-    spoken = [f" {name} " for name in edited | {edit.target.strip().casefold() for edit in every}]
-    general = [text for text in STATEMENTS if not any(name in f" {text.casefold().replace(',', '')} " for name in spoken)][: count // 3]
-    own = count - count // 3
+    spoken = {_words(text) for edit in every for text in (edit.subject, edit.target)} - {_words("")}
+    general = [text for text in STATEMENTS if not any(map(_words(text).__contains__, spoken))][: round(count * GENERAL)]
+    own = count - len(general)
     rows = [*_named(texts, names, own, tokenizer), *_named(before, names, own, tokenizer), *(_plain(text, tokenizer) for text in general)]
     return [row for row in rows if max_length is None or len(row.tokens) <= max_length]
 
 
-def _texts(edits: Sequence[Edit], found: Mapping[str, Sequence[str]]) -> list[str]:
+def _words(text: str) -> str:
+    """The words alone, with spaces around them, so that one text names another where it holds it."""
+    return " ".join(["", *re.findall(r"\w+", text.casefold()), ""])
+
+
+def _texts(edits: Sequence[Edit], found: Mapping[str, Sequence[str]] | None = None) -> list[str]:
     """The edits' prompts and then their rewordings, each once; `found` has those of edits that bring none, by prompt."""
-    rewordings = (text for edit in edits for text in edit.texts[1:] or found.get(edit.texts[0], ()))
+    rewordings = (text for edit in edits for text in edit.texts[1:] or (found or {}).get(edit.texts[0], ()))
     return list(dict.fromkeys([*(edit.texts[0] for edit in edits), *rewordings]))
 
 
 def _named(texts: Sequence[str], names: Sequence[str], count: int, tokenizer: Any) -> list[Row]:
-    """About `count` texts with names, as statements and in the chat template in turn: as many for every text, with other names for each as
-    long as there are any; a name stands in a text once."""
-    texts = texts[:count]
+    """`count` texts with names or more, so that each has as many, as statements and in the chat template in turn; other names for each as
+    long as there are any, and a name in a text once. Of more than `count` texts so many are taken, evenly."""
+    texts = texts if len(texts) <= count else [texts[i * len(texts) // count] for i in range(count)]
     each = min(-(-count // max(1, len(texts))), len(names))
     forms = (STATEMENT, CHAT_QUESTION) if tokenizer.chat_template else (STATEMENT,)
-    end = len(tokenizer(chat_parts(tokenizer, None)[1], add_special_tokens=False)["input_ids"]) if len(forms) > 1 else 0
     rows = []
     for i in range(each):
         for j, text in enumerate(texts):
-            form = forms[(i + j) % len(forms)]
-            row = row_of(Edit(names[(j * each + i) % len(names)], text, "-"), form, tokenizer)
-            rows.append(_cut(row, row.target - (end if form.chat and i >= WHOLE else 0)))
+            edit, form = Edit(names[(j * each + i) % len(names)], text, "-"), forms[(i + j) % len(forms)]
+            if form.chat and not (i < len(forms) and j < WHOLE):
+                rows.append(_asked(edit, tokenizer))
+            else:
+                row = row_of(edit, form, tokenizer)
+                rows.append(_cut(row, row.target))
     return rows
+
+
+def _asked(edit: Edit, tokenizer: Any) -> Row:
+    """A chat up to the end of what the user says."""
+    text, _, _ = render(edit, CHAT_QUESTION, tokenizer)
+    end = len(text) - len(chat_parts(tokenizer, CHAT_QUESTION.system)[1])
+    row = encode(tokenizer, text, "", (end - 1, end), False, None)
+    return _cut(row, row.last + 1)
 
 
 def _plain(text: str, tokenizer: Any) -> Row:

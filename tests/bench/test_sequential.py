@@ -32,3 +32,13 @@ def test_four_tables_and_the_model_as_before(make_model, tokenizer, tmp_path):
     data = load(tmp_path / "d.json")
     assert sequence(editor, data.subjects, editor.recipe, (2, 6), count, seen.append) == {"2": {"edits": 2}, "6": {"edits": 6}}
     assert editor.applied == ()
+
+
+def test_no_rewording_says_a_paraphrase(make_model, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "d.json").write_text(json.dumps({**FILE, "records": [RECORD]}))
+    editor = Editor(make_model(), tokenizer, replace(ROSE, forms=2, layers=(1, 2), steps=1, bystanders=0))
+    data, noted = load(tmp_path / "d.json"), []
+    monkeypatch.setattr(editor, "reword", lambda edits, count, without: noted.append(set(without)) or list(edits))
+    evaluate(editor, data, editor.recipe)
+    said = {text.replace(subject.name, "{}") for subject in data.subjects for case in subject.cases for text in case.paraphrases}
+    assert said and noted == [said] * 3  # plain, joint and batch

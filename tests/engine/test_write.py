@@ -124,47 +124,66 @@ def test_a_certificate_s_controls_are_no_bystanders():
     assert len(set(STATEMENTS)) == len(STATEMENTS) == ROSE.bystanders // 3
 
 
+def told(rows, tokenizer):
+    assert all(len(row.tokens) == row.target for row in rows)
+    return [tokenizer.decode(row.tokens, skip_special_tokens=True) for row in rows]
+
+
 def test_bystanders_are_neither_edited_nor_written(tokenizer):
-    edits = [Edit(f"{NAMES[0].upper()} II", "{} lives in", NAMES[1]), Edit("Kraftwerk", "In {} they speak", "Basque")]
-    rows = bystander_rows(edits, tokenizer, 12)
-    texts = [tokenizer.decode(row.tokens) for row in rows]
-    assert len(texts) == len(set(texts)) == 12 and all(len(row.tokens) == row.target for row in rows)
-    assert all(any(name in text for text in texts) for name in NAMES[2:6])
-    assert not any(name in text for text in texts for name in (*NAMES[:2], "Kraftwerk"))
-    assert texts[8:] == list(STATEMENTS[:4])
-    assert sum("<|im_start|>" in text for text in texts) == 4
-    every = [tokenizer.decode(row.tokens) for row in bystander_rows(edits, tokenizer, 288)]
-    assert sum(text in STATEMENTS for text in every) == len([text for text in STATEMENTS if "Kraftwerk" not in text]) < len(STATEMENTS)
+    edits = [
+        Edit(f"{NAMES[0].upper()} II", "{} lives in", NAMES[1]),
+        Edit("kraftwerk", "In {} they speak", "Swahili."),
+        Edit("Halley", "{} lives in", "!"),
+    ]
+    texts = told(bystander_rows(edits, tokenizer, 288), tokenizer)
+    assert len(texts) == len(set(texts))
+    assert all(any(name in text for text in texts) for name in NAMES[2:])
+    named = ("Kraftwerk", "Swahili", "Halley's Comet")
+    assert all(any(name in text for text in STATEMENTS) for name in named)
+    assert not any(name in text for text in texts for name in (*NAMES[:2], *named))
+    assert sum(text in STATEMENTS for text in texts) == len(STATEMENTS) - len(named)
 
 
 def test_bystanders_stand_in_every_text(tokenizer):
     reworded = [Edit("Lin Nu", "{} lives in", "Metz", rewordings=["The home of {} is", "{} resides in"])]
     said = ("lives in", "The home of", "resides in")
-    texts = [tokenizer.decode(row.tokens) for row in bystander_rows(reworded, tokenizer, 18)]
+    texts = told(bystander_rows(reworded, tokenizer, 18), tokenizer)
     asked = [next(part for part in said if part in text) for text in texts[:12]]
-    assert len(texts) == 18 and all(asked.count(part) == 4 for part in said)
+    assert len(texts) == 18 and all(asked.count(part) == 4 for part in said) and texts[12:] == list(STATEMENTS[:6])
     assert all(sum(name in text for text in texts[:12]) == 1 for name in NAMES[:12])  # other names for every text
-    most = [tokenizer.decode(row.tokens) for row in bystander_rows(reworded, tokenizer, 30 * len(NAMES))]
+    most = told(bystander_rows(reworded, tokenizer, 30 * len(NAMES)), tokenizer)
     assert len(most) == 3 * len(NAMES) + len(STATEMENTS)
-    chats = [text for text in most if "<|im_start|>" in text]
-    assert sum(text.endswith("assistant\n") for text in chats) == len(said) * WHOLE // 2 < len(chats)
-    assert all(text.endswith(("lives in", "is", "resides in", "assistant\n")) for text in chats)
     many = [Edit(f"s{i}", f"{{}} is {i} and", "x") for i in range(90)]
-    assert len(bystander_rows(many, tokenizer, 96)) == 96
+    texts = told(bystander_rows(many, tokenizer, 96), tokenizer)
+    assert len(texts) == 96 and all(any(f"is {i} and" in text for text in texts) for i in (0, 1, 88))
     assert not bystander_rows(many, tokenizer, 0)
 
 
+@pytest.mark.parametrize("count", [30, 288])
+def test_few_chats_go_on_to_the_answer(tokenizer, count):
+    """In each half the rest end with the text; a model without a template has none."""
+    edits = [Edit("Lin Nu", f"{{}} is {i} and", "x") for i in range(30)]
+    chats = [tokenizer.decode(row.tokens) for row in bystander_rows(edits, tokenizer, count)]
+    chats = [text for text in chats if "<|im_start|>" in text]
+    whole = [text for text in chats if text.endswith("assistant\n")]
+    assert len(chats) == {30: 10, 288: 3 * 35}[count] and len(whole) == {30: WHOLE // 2, 288: WHOLE}[count]
+    assert all(text.endswith(" and") for text in chats if text not in whole)
+    plain = copy.copy(tokenizer)
+    plain.chat_template = None
+    assert not any("<|im_start|>" in tokenizer.decode(row.tokens) for row in bystander_rows(edits, plain, count))
+
+
 def test_bystanders_stand_in_the_words_of_earlier_edits(tokenizer):
-    earlier = [Edit("Ada Brandt", "{} lives in", "Rome"), Edit("Ada Brandt", "{} plays the", "harp")]
+    earlier = [Edit("Ada Brandt", "{} lives in", NAMES[0]), Edit("Ada Brandt", "{} plays the", "Guinness")]
     edits = [Edit("Lin Nu", "{} lives in", "Metz")]
-    rows = bystander_rows(
-        edits, tokenizer, 12, earlier, {"{} plays the": ["The instrument of {} is"], "{} lives in": ["The home of {} is"]}
-    )
-    texts = [tokenizer.decode(row.tokens) for row in rows]
+    found = {"{} plays the": ["The instrument of {} is"], "{} lives in": ["The home of {} is"]}
+    texts = told(bystander_rows(edits, tokenizer, 288, earlier, found), tokenizer)
     parts = ("lives in", "plays the", "The instrument of", "The home of")
+    named = [text for text in texts if text not in STATEMENTS]
     # Of an earlier edit with the same prompt nothing; it is said already.
-    assert [sum(part in text for text in texts[:16]) for part in parts] == [8, 4, 4, 0] and len(texts) == 20
-    assert not any("Rome" in text or "harp" in text for text in texts)
+    assert [sum(part in text for text in named) for part in parts] == [len(NAMES) - 1] * 3 + [0]
+    assert len(texts) == 3 * (len(NAMES) - 1) + len(STATEMENTS) - 1
+    assert not any(name in text for text in texts for name in (NAMES[0], "Guinness"))
 
 
 def test_all_or_nothing():
