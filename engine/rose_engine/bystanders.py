@@ -70,7 +70,7 @@ NAMES = (
 # So many texts stand once in a chat that goes on to where the answer begins; the others end with the text, for there chats are all alike.
 WHOLE = 20
 
-# The share of bystanders that say nothing of an edit. 97 of 384 brought as much as 350 of 540 (docs/value-generalisation.md).
+# The share of bystanders that say nothing of an edit. Beside 288 others 97 brought nearly what 350 did (docs/value-generalisation.md).
 GENERAL = 1 / 3
 # Beginnings of sentences, each about somebody or something else.
 STATEMENTS = (
