@@ -197,7 +197,11 @@ def bystander_rows(
     spoken = {_words(text) for edit in every for text in (edit.subject, edit.target)} - {_words("")}
     general = [text for text in STATEMENTS if not any(map(_words(text).__contains__, spoken))][: round(count * GENERAL)]
     own = count - len(general)
-    rows = [*_named(texts, names, own, tokenizer), *_named(before, names, own, tokenizer), *(_plain(text, tokenizer) for text in general)]
+    rows = [
+        *_named(texts, names, own, tokenizer),
+        *_named(before, names, own, tokenizer),
+        *(_up_to(text, len(text), True, tokenizer) for text in general),
+    ]
     return [row for row in rows if max_length is None or len(row.tokens) <= max_length]
 
 
@@ -218,29 +222,23 @@ def _named(texts: Sequence[str], names: Sequence[str], count: int, tokenizer: An
     texts = texts if len(texts) <= count else [texts[i * len(texts) // count] for i in range(count)]
     each = min(-(-count // max(1, len(texts))), len(names))
     forms = (STATEMENT, CHAT_QUESTION) if tokenizer.chat_template else (STATEMENT,)
+    after = chat_parts(tokenizer, CHAT_QUESTION.system)[1] if tokenizer.chat_template else ""
     rows = []
     for i in range(each):
         for j, text in enumerate(texts):
             edit, form = Edit(names[(j * each + i) % len(names)], text, "-"), forms[(i + j) % len(forms)]
             if form.chat and not (i < len(forms) and j < WHOLE):
-                rows.append(_asked(edit, tokenizer))
+                chat = render(edit, form, tokenizer)[0]
+                rows.append(_up_to(chat, len(chat) - len(after), False, tokenizer))
             else:
                 row = row_of(edit, form, tokenizer)
                 rows.append(_cut(row, row.target))
     return rows
 
 
-def _asked(edit: Edit, tokenizer: Any) -> Row:
-    """A chat up to the end of what the user says."""
-    text, _, _ = render(edit, CHAT_QUESTION, tokenizer)
-    end = len(text) - len(chat_parts(tokenizer, CHAT_QUESTION.system)[1])
-    row = encode(tokenizer, text, "", (end - 1, end), False, None)
-    return _cut(row, row.last + 1)
-
-
-def _plain(text: str, tokenizer: Any) -> Row:
-    """A statement as it stands."""
-    row = encode(tokenizer, text, "", (0, len(text)), True, None)
+def _up_to(text: str, end: int, special: bool, tokenizer: Any) -> Row:
+    """A text up to the token of its character before `end`; special: with what the tokenizer adds to a text."""
+    row = encode(tokenizer, text, "", (end - 1, end), special, None)
     return _cut(row, row.last + 1)
 
 
