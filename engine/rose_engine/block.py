@@ -2,10 +2,11 @@
 
     m = x + o(attention(q(n), k(n), v(n))),  n = norm(x);     y = m + down(silu(gate(n')) * up(n')),  n' = norm(m)
 
-The residual stream is float32 and the matrix products are in the weights' dtype. Of each layer x, m, q, k, v, gate and up are kept, in
-buffers that all steps share. The last layer runs only for the tokens whose output is read, and the first passes its gradient only to the
-tokens that ask. What the layers compute is the library's: `block_of` takes a layer only where it is one of those written out here,
-and everything else is run by the library (`forward.run_layers`).
+Of weights that are spread over ranks each rank has the outputs of q, k, v, gate and up that it holds, and o, down and the gradients in n
+and n' are sums over ranks. The residual stream is float32 and the matrix products are in the weights' dtype. Of each layer x, m, q, k, v,
+gate and up are kept, in buffers that all steps share. The last layer runs only for the tokens whose output is read, and the first passes
+its gradient only to the tokens that ask. What the layers compute is the library's: `block_of` takes a layer only where it is one of
+those written out here, and everything else is run by the library (`forward.run_layers`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from rose_engine.sharding import Sharding, local, sharding_between
 from rose_kernels.layer import (
     DTYPES,
     WIDTH,
@@ -34,17 +37,22 @@ from rose_kernels.layer import (
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+# Where the hooks come from that make a projection with spread weights give what it gave before; their work is done here.
+SPREADING = "torch.distributed.tensor._api"
 
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer's parts. head: the norms of a head's queries and keys, where the family has them."""
+    """A decoder layer's parts. head: the norms of a head's queries and keys, where the family has them. heads_over, mlp_over: the ranks
+    that the heads and the MLP are spread over, None where they are whole."""
 
     attention: nn.Module
     mlp: nn.Module
     before_attention: nn.Module
     before_mlp: nn.Module
     head: tuple[nn.Module, nn.Module] | None
+    heads_over: Sharding | None
+    mlp_over: Sharding | None
 
 
 def block_of(layer: nn.Module) -> Block | None:
@@ -59,26 +67,36 @@ def block_of(layer: nn.Module) -> Block | None:
     dtypes = {p.dtype for p in parameters}
     if any(type(m) is not nn.Linear for m in linear) or len(dtypes) > 1 or not dtypes <= set(DTYPES):
         return None
-    if not all(available(p.device) and p.is_contiguous() for p in parameters) or mlp.config.hidden_act != "silu":
+    if not all(available(p.device) and local(p).is_contiguous() for p in parameters) or mlp.config.hidden_act != "silu":
         return None
     if a.head_dim % (2 * WIDTH) or any(n % WIDTH for m in linear for n in m.weight.shape):
+        return None
+    try:
+        heads_over, mlp_over = sharding_between(linear[:3], a.o_proj), sharding_between((mlp.gate_proj, mlp.up_proj), mlp.down_proj)
+    except ValueError:
+        return None
+    # Every rank has to come to the same answer: all of them have parts of one size.
+    if any(over and (len(set(over.sizes)) > 1 or over.sizes[0] % unit) for over, unit in ((heads_over, a.head_dim), (mlp_over, WIDTH))):
         return None
     head = (a.q_norm, a.k_norm) if hasattr(a, "q_norm") else None
     if not all(is_norm(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm, *(head or ()))):
         return None
-    return Block(a, mlp, layer.input_layernorm, layer.post_attention_layernorm, head)
+    return Block(a, mlp, layer.input_layernorm, layer.post_attention_layernorm, head, heads_over, mlp_over)
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a norm is the one written out here."""
-    if type(module).__name__ not in NORMS or _changed(module):
+    if type(module).__name__ not in NORMS or _changed(module) or isinstance(module.weight, DTensor):
         return False
     return module.weight.dtype in DTYPES and len(module.weight) % WIDTH == 0
 
 
 def _changed(module: nn.Module) -> bool:
     """Whether calling a module does something else than its class says."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if isinstance(getattr(module, "weight", None), DTensor):
+        hooks = [hook for hook in hooks if getattr(hook, "__module__", "") != SPREADING]
+    return bool(hooks or "forward" in vars(module))
 
 
 def norm_of(module: nn.Module) -> tuple[Tensor, float]:
@@ -152,24 +170,25 @@ def _forward(block: Block, context: Context, past, x: Tensor, rows: Tensor | Non
     q, k, v = _linear(n, (a.q_proj, a.k_proj, a.v_proj), [take(name, N, width) for name, width in zip("qkv", _widths(a), strict=True)])
     mixed = attention(*_turn(block, context, q, k), v.view(N, -1, a.head_dim), *past, context.layout, a.scaling).view(N, -1)
     before, mixed = (x, mixed) if rows is None else (x[rows], mixed[rows])
-    m = _add_linear(before, mixed, a.o_proj, take("m", *before.shape, torch.float32))
+    m = _add_linear(before, mixed, a.o_proj, take("m", *before.shape, torch.float32), block.heads_over)
     n = rms_norm(m, *norm_of(block.before_mlp))
-    gate, up = _linear(n, (mlp.gate_proj, mlp.up_proj), [take(name, len(m), mlp.intermediate_size) for name in ("gate", "up")])
-    y = _add_linear(m, swiglu(gate, up), mlp.down_proj, take("y", *m.shape, torch.float32))
+    gate, up = _linear(n, (mlp.gate_proj, mlp.up_proj), [take(name, len(m), len(local(mlp.gate_proj.weight))) for name in ("gate", "up")])
+    y = _add_linear(m, swiglu(gate, up), mlp.down_proj, take("y", *m.shape, torch.float32), block.mlp_over)
     return y, Kept(x, m, q, k, v, gate, up, rows)
 
 
 def _backward(block: Block, context: Context, past, kept: Kept, grad: Tensor, inputs: Tensor | None) -> Tensor:
     a, mlp, N = block.attention, block.mlp, len(kept.q)
     dh = torch.empty_like(kept.gate)
-    products_(grad, [mlp.down_proj.weight], [dh], turned=False)
+    products_(grad, [local(mlp.down_proj.weight)], [dh], turned=False)
     swiglu_backward_(dh, kept.gate, kept.up)
-    rms_norm_backward_(grad, _through((kept.gate, kept.up), (mlp.gate_proj, mlp.up_proj)), kept.m, *norm_of(block.before_mlp))
+    dn = _through((kept.gate, kept.up), (mlp.gate_proj, mlp.up_proj), block.mlp_over)
+    rms_norm_backward_(grad, dn, kept.m, *norm_of(block.before_mlp))
     x = kept.x
     if kept.rows is not None:
         grad = grad.new_zeros(N, grad.shape[1]).index_add_(0, kept.rows, grad)
     mixed = torch.empty_like(kept.q)
-    products_(grad, [a.o_proj.weight], [mixed], turned=False)
+    products_(grad, [local(a.o_proj.weight)], [mixed], turned=False)
     heads = lambda x: x.view(N, -1, a.head_dim)  # noqa: E731
     q, k = (heads(kept.q), heads(kept.k)) if block.head is None else _turn(block, context, kept.q, kept.k)  # turned in place, or not
     dq, dk, dv = attention_backward(heads(mixed), q, k, heads(kept.v), *past, context.layout, a.scaling)
@@ -177,34 +196,40 @@ def _backward(block: Block, context: Context, past, kept: Kept, grad: Tensor, in
     dq, dk, dv = _turn_back(query_norm, context, dq, kept.q), _turn_back(key_norm, context, dk, kept.k), dv.view(N, -1)
     if inputs is not None:
         x, grad, dq, dk, dv = (t[inputs] for t in (x, grad, dq, dk, dv))
-    return rms_norm_backward_(grad, _through((dq, dk, dv), (a.q_proj, a.k_proj, a.v_proj)), x, *norm_of(block.before_attention))
+    dn = _through((dq, dk, dv), (a.q_proj, a.k_proj, a.v_proj), block.heads_over)
+    return rms_norm_backward_(grad, dn, x, *norm_of(block.before_attention))
 
 
 def _widths(a: nn.Module) -> tuple[int, int, int]:
-    return a.q_proj.out_features, a.k_proj.out_features, a.v_proj.out_features
+    q, k, v = (len(local(p.weight)) for p in (a.q_proj, a.k_proj, a.v_proj))
+    return q, k, v
 
 
 def _linear(x: Tensor, projections: Sequence[nn.Linear], out: Sequence[Tensor]) -> Sequence[Tensor]:
-    products_(x, [p.weight for p in projections], out, turned=True)
+    products_(x, [local(p.weight) for p in projections], out, turned=True)
     for y, p in zip(out, projections, strict=True):
         if p.bias is not None:
-            y += p.bias
+            y += local(p.bias)
     return out
 
 
-def _add_linear(x: Tensor, y: Tensor, projection: nn.Linear, out: Tensor) -> Tensor:
+def _add_linear(x: Tensor, y: Tensor, projection: nn.Linear, out: Tensor, over: Sharding | None) -> Tensor:
     """x + projection(y) in float32."""
-    out.copy_(x)
-    products_(y, [projection.weight], [out], turned=True, add=True)
-    return out if projection.bias is None else out.add_(projection.bias)
+    if over is None:
+        out.copy_(x)
+        products_(y, [projection.weight], [out], turned=True, add=True)
+    else:
+        products_(y, [local(projection.weight)], [out], turned=True)
+        over.total_(out).add_(x)
+    return out if projection.bias is None else out.add_(local(projection.bias))
 
 
-def _through(grads: Sequence[Tensor], projections: Sequence[nn.Linear]) -> Tensor:
+def _through(grads: Sequence[Tensor], projections: Sequence[nn.Linear], over: Sharding | None) -> Tensor:
     """The gradient [N, d] float32 in what several projections were given, from those in their outputs."""
     out = grads[0].new_empty(len(grads[0]), projections[0].in_features, dtype=torch.float32)
     for i, (grad, projection) in enumerate(zip(grads, projections, strict=True)):
-        products_(grad, [projection.weight], [out], turned=False, add=i > 0)
-    return out
+        products_(grad, [local(projection.weight)], [out], turned=False, add=i > 0)
+    return out if over is None else over.total_(out)
 
 
 def _turn(block: Block, context: Context, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,13 @@ once, row block by row block, for the SHA-256 of the base.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 # Rows of a weight that are joined at one time.
@@ -34,7 +35,10 @@ class Sharding:
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over ranks, the same bits on each of them."""
-        x = x.contiguous().clone()
+        return self.total_(x.contiguous().clone())
+
+    def total_(self, x: Tensor) -> Tensor:
+        """The same in place of a contiguous tensor."""
         dist.all_reduce(x, group=self.group)
         return x
 
@@ -80,6 +84,22 @@ def sharding_of(weight: Tensor) -> Sharding | None:
     share = -(-d_in // mesh.size(dim))  # DTensor's parts: as `torch.chunk` makes them, the last ones shorter or empty
     sizes = tuple(max(0, min(share, d_in - r * share)) for r in range(mesh.size(dim)))
     return Sharding(mesh.get_group(dim), mesh.get_local_rank(dim), sizes)
+
+
+def sharding_between(first: Sequence[nn.Linear], last: nn.Linear) -> Sharding | None:
+    """How what goes from some projections to another is spread over ranks: those hold rows of their weights, the last the columns for them;
+    None where all are whole. ValueError where they are spread in another way.
+    """
+    sharding = sharding_of(last.weight)
+    if sharding is None and not any(isinstance(x, DTensor) for p in (*first, last) for x in p.parameters()):
+        return None
+    placements = last.weight.placements if isinstance(last.weight, DTensor) else ()
+    wanted = tuple(Shard(0) if place == Shard(1) else place for place in placements)
+    given = [x for p in first for x in p.parameters()]
+    whole = last.bias is None or not isinstance(last.bias, DTensor) or all(isinstance(place, Replicate) for place in last.bias.placements)
+    if sharding is None or not whole or not all(isinstance(x, DTensor) and x.placements == wanted for x in given):
+        raise ValueError("the weights are not spread over outputs of the first projections and the input of the last")
+    return sharding
 
 
 def local(x: Tensor) -> Tensor:

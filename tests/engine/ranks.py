@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from rose_engine import ROSE, Delta, Editor, ledger, optimize, rewording, sample
+from rose_engine import ROSE, Delta, Editor, forward, ledger, optimize, rewording, sample
 from rose_engine.parallel import join, leads, shard_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -99,6 +99,7 @@ def same(folder: Path, tensor_parallel: int, sharded: str) -> dict:
         "base": all(records),
         "sharded": sharding is not None,
         "head": type(editor.decoder.head).__name__,
+        "written": forward.blocks_of(editor.decoder, range(3, len(editor.decoder.layers))) is not None,
         "refused": refused,
         "broken": broken,
         "diverged": diverged,

@@ -17,6 +17,8 @@ from rose_engine.architecture import decoder_of
 from rose_engine.parallel import join, shares_of
 from rose_engine.sharding import sharding_of
 
+from rose_kernels import native
+
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 
 
@@ -38,16 +40,34 @@ def end(process):
 
 
 @pytest.fixture
-def folder(make_model, tokenizer, tmp_path):
-    make_model(initializer_range=0.2).save_pretrained(tmp_path / "model")
+def extra():
+    """What the model's configuration has of its own."""
+    return {}
+
+
+@pytest.fixture
+def folder(make_model, tokenizer, tmp_path, extra):
+    make_model(initializer_range=0.2, **extra).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
+# Of layers that `block` writes out: with biases, and with heads that do not divide over two ranks.
+BIASED = {"head_dim": 32, "attention_bias": True, "mlp_bias": True}
+ODD = {"hidden_size": 96, "head_dim": 32, "num_attention_heads": 3, "num_key_value_heads": 3}
+
+
 @pytest.mark.parametrize(
-    ("ranks", "ways"), [(2, ("1:no", "2:engine", "2:library")), pytest.param(4, ("2:engine",), marks=pytest.mark.slow)]
+    ("extra", "ranks", "ways"),
+    [
+        ({}, 2, ("1:no", "2:engine", "2:library")),
+        (BIASED, 2, ("2:engine",)),
+        (ODD, 2, ("2:engine",)),
+        pytest.param({}, 4, ("2:engine",), marks=pytest.mark.slow),
+    ],
+    ids=["library", "biased", "odd", "four"],
 )
-def test_ranks_write_what_one_process_writes(folder, ranks, ways):
+def test_ranks_write_what_one_process_writes(folder, extra, ranks, ways):
     process = launch(ranks, "same", folder, *ways)
     try:
         said, errors = process.communicate(timeout=300)
@@ -58,6 +78,7 @@ def test_ranks_write_what_one_process_writes(folder, ranks, ways):
         spread = way != "1:no"
         assert found["far"] < 1e-4 and found["weights"] < 1e-5, way
         assert found["agree"] and found["restored"] and found["base"] and found["loaded"] < 1e-6, way
+        assert found["written"] == (bool(extra) and "cpu" in native.served()), way
         assert found["sharded"] == spread and found["head"] == ("DTensor" if way == "2:library" else "Parameter"), way
         assert ("spread over ranks" in found["refused"]) == spread, way
         assert found["read"] < 1e-3, way
