@@ -82,18 +82,19 @@ bool products_serve(const Tensor& w) {
   return (w.scalar_type() == at::kFloat || w.scalar_type() == at::kBFloat16) && rose::cpu::products_serve(type_of(w));
 }
 
-void products(const Tensor& a, std::vector<Tensor> ws, std::vector<Tensor> outs, bool turned, bool add) {
+void products(const Tensor& a, std::vector<Tensor> ws, std::vector<Tensor> outs, bool turned, bool add, int64_t parts) {
   std::vector<rose::cpu::Product> jobs;
   for (size_t i = 0; i < ws.size(); ++i) jobs.push_back({ws[i].const_data_ptr(), outs[i].size(1), outs[i].data_ptr(), type_of(outs[i])});
   if (jobs.empty()) return;
-  rose::cpu::products(a.const_data_ptr(), type_of(a), a.size(0), a.size(1), jobs.data(), int64_t(jobs.size()), type_of(ws[0]), turned, add);
+  rose::cpu::products(a.const_data_ptr(), type_of(a), a.size(0), a.size(1), jobs.data(), int64_t(jobs.size()), type_of(ws[0]), turned, add,
+                      parts);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(rose_native, m) {
   m.def("products_serve(Tensor w) -> bool");
-  m.def("products(Tensor a, Tensor[] w, Tensor(a!)[] out, bool turned, bool add) -> ()");
+  m.def("products(Tensor a, Tensor[] w, Tensor(a!)[] out, bool turned, bool add, int parts) -> ()");
   m.def("rms_norm(Tensor x, Tensor w, float eps) -> Tensor");
   m.def("rms_norm_backward(Tensor(a!) grad, Tensor dy, Tensor x, Tensor w, float eps) -> ()");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");

@@ -283,14 +283,15 @@ bool products_serve(Float dtype) {
   return dtype == Float::f32 ? f32 : dtype == Float::bf16 && bf16;
 }
 
-void products(const void* a, Float a_dtype, int64_t rows, int64_t depth, const Product* jobs, int64_t count, Float dtype, bool turned, bool add) {
+void products(const void* a, Float a_dtype, int64_t rows, int64_t depth, const Product* jobs, int64_t count, Float dtype, bool turned, bool add,
+              int64_t parts) {
   if (!rows) return;
   const int64_t all_steps = dtype == Float::f32 ? depth : depth / 2, threads = std::max<int64_t>(1, at::get_num_threads());
   const bool wide = std::all_of(jobs, jobs + count, [](const Product& job) { return job.out_dtype == Float::f32; });
-  const int64_t segment = wide ? most_segment : all_steps;
+  const int64_t part = wide && all_steps % (16 * parts) == 0 ? all_steps / parts : all_steps, segment = wide ? most_segment : all_steps;
   const auto shares = share(jobs, count, rows, threads);
-  for (int64_t first = 0; first < all_steps; first += segment) {
-    const int64_t steps = std::min(segment, all_steps - first);
+  for (int64_t first = 0, steps; first < all_steps; first += steps) {
+    steps = std::min(segment, part - first % part);
     uint32_t* packed = kept<uint32_t>(tiles(rows) * steps * tile_rows, 0);
     at::parallel_for(0, tiles(rows), 2, [&](int64_t begin, int64_t end) {
       uint32_t* row = kept<uint32_t>(steps, 1);
@@ -314,7 +315,7 @@ void products(const void* a, Float a_dtype, int64_t rows, int64_t depth, const P
 
 namespace rose::cpu {
 bool products_serve(Float) { return false; }
-void products(const void*, Float, int64_t, int64_t, const Product*, int64_t, Float, bool, bool) {}
+void products(const void*, Float, int64_t, int64_t, const Product*, int64_t, Float, bool, bool, int64_t) {}
 }  // namespace rose::cpu
 
 #endif

@@ -54,10 +54,12 @@ class Layout:
             raise ValueError("a suffix has at least one token")
 
 
-def products_(a: Tensor, w: Sequence[Tensor], out: Sequence[Tensor], *, turned: bool, add: bool = False) -> None:
+def products_(a: Tensor, w: Sequence[Tensor], out: Sequence[Tensor], *, turned: bool, add: bool = False, parts: int = 1) -> None:
     """out[i] = a w[i]^T where turned, for w[i] [columns, depth] as a linear layer has it, else a w[i] for w[i] [depth, columns].
 
-    add: onto what out[i] holds.
+    add: onto what out[i] holds. parts: where all of out is float32, each of so many equal parts of the depth is summed as if it were alone,
+    and one is added after the other: the bits of processes that have a part each and add up in this order. A depth that does not divide so
+    in multiples of `WIDTH`, in bfloat16 twice that, is one part.
     a [N, depth] and out[i] [N, columns] float32 or of the dtype of w, float32 or bfloat16. Weights are read in place, by
     `csrc/matmul.h` where the machine has AVX-512, which rounds nothing but `out`; else by PyTorch, which rounds sums to the weights' dtype.
     """
@@ -68,15 +70,17 @@ def products_(a: Tensor, w: Sequence[Tensor], out: Sequence[Tensor], *, turned: 
         if weight.dtype != w[0].dtype or any(not n or n % WIDTH for n in weight.shape):
             raise ValueError(f"weights must be of one dtype and in multiples of {WIDTH}, given {weight.dtype} {list(weight.shape)}")
     if _serves(w[0]):
-        torch.ops.rose_native.products(a, list(w), list(out), turned, add)
+        torch.ops.rose_native.products(a, list(w), list(out), turned, add, parts)
         return
+    divides = a.shape[1] % (4 // w[0].itemsize * WIDTH * parts) == 0 and all(to.dtype == torch.float32 for to in out)
     for weight, to in zip(w, out, strict=True):
-        left, right = a.to(weight.dtype), weight.T if turned else weight
-        if to.dtype == weight.dtype:
-            to.addmm_(left, right, beta=float(add))
-        else:
-            product = left @ right
-            to.add_(product) if add else to.copy_(product)
+        depths = a.to(weight.dtype).chunk(parts if divides else 1, 1), (weight.T if turned else weight).chunk(parts if divides else 1, 0)
+        for i, (left, right) in enumerate(zip(*depths, strict=True)):
+            if to.dtype == weight.dtype:
+                to.addmm_(left, right, beta=float(add or i > 0))
+            else:
+                product = left @ right
+                to.add_(product) if add or i else to.copy_(product)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -7,11 +7,14 @@ and n' are sums over ranks. The residual stream is float32 and the matrix produc
 gate and up are kept, in buffers that all steps share. The last layer runs only for the tokens whose output is read, and the first passes
 its gradient only to the tokens that ask. What the layers compute is the library's: `block_of` takes a layer only where it is one of
 those written out here, and everything else is run by the library (`forward.run_layers`).
+
+In float32 the bits do not depend on the number of threads, nor on whether the weights are whole or spread over two ranks: what two ranks
+would each sum is summed in two parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,6 +42,8 @@ NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 # Where the hooks come from that make a projection with spread weights give what it gave before; their work is done here.
 SPREADING = "torch.distributed.tensor._api"
+# Parts in which whole weights sum over what may be spread.
+PARTS = 2
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,8 @@ def forward(blocks: Sequence[Block], context: Context, x: Tensor, outputs: Tenso
     kept = []
     for i, (block, past) in enumerate(zip(blocks, context.past, strict=True)):
         rows = outputs if i == len(blocks) - 1 else None
-        x, saved = _forward(block, context, past, x, rows, partial(space.take, i))
+        attend = partial(_over_suffixes, past=past, layout=context.layout, scale=block.attention.scaling)
+        x, saved = _forward(block, context.cosine, context.sine, attend, x, rows, partial(space.take, i))
         kept.append(saved)
     return x, kept
 
@@ -164,16 +170,31 @@ def backward(blocks: Sequence[Block], context: Context, kept: Sequence[Kept], gr
     return grad
 
 
-def _forward(block: Block, context: Context, past, x: Tensor, rows: Tensor | None, take) -> tuple[Tensor, Kept]:
+# attend(q, k, v): what each token of q [N, heads, h] is told by the keys and values [N, KV, h], and any others: [N, heads * h].
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def run(block: Block, x: Tensor, cosine: Tensor, sine: Tensor, attend: Attend) -> Tensor:
+    """Hidden states [N, d] after a layer of float32 weights, from x [N, d], under any attention."""
+    return _forward(block, cosine, sine, attend, x, None, _fresh)[0]
+
+
+def _fresh(name: str, tokens: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(tokens, width, dtype=dtype)
+
+
+def _forward(
+    block: Block, cosine: Tensor, sine: Tensor, attend: Attend, x: Tensor, rows: Tensor | None, take: Callable[..., Tensor]
+) -> tuple[Tensor, Kept]:
     a, mlp, N = block.attention, block.mlp, len(x)
     n = rms_norm(x, *norm_of(block.before_attention))
     q, k, v = _linear(n, (a.q_proj, a.k_proj, a.v_proj), [take(name, N, width) for name, width in zip("qkv", _widths(a), strict=True)])
-    mixed = attention(*_turn(block, context, q, k), v.view(N, -1, a.head_dim), *past, context.layout, a.scaling).view(N, -1)
+    mixed = attend(*_turn(block, cosine, sine, q, k), v.view(N, -1, a.head_dim))
     before, mixed = (x, mixed) if rows is None else (x[rows], mixed[rows])
-    m = _add_linear(before, mixed, a.o_proj, take("m", *before.shape, torch.float32), block.heads_over)
+    m = _add_linear(before, mixed, a.o_proj, take("m", *before.shape, dtype=torch.float32), block.heads_over)
     n = rms_norm(m, *norm_of(block.before_mlp))
     gate, up = _linear(n, (mlp.gate_proj, mlp.up_proj), [take(name, len(m), len(local(mlp.gate_proj.weight))) for name in ("gate", "up")])
-    y = _add_linear(m, swiglu(gate, up), mlp.down_proj, take("y", *m.shape, torch.float32), block.mlp_over)
+    y = _add_linear(m, swiglu(gate, up), mlp.down_proj, take("y", *m.shape, dtype=torch.float32), block.mlp_over)
     return y, Kept(x, m, q, k, v, gate, up, rows)
 
 
@@ -190,7 +211,9 @@ def _backward(block: Block, context: Context, past, kept: Kept, grad: Tensor, in
     mixed = torch.empty_like(kept.q)
     products_(grad, [local(a.o_proj.weight)], [mixed], turned=False)
     heads = lambda x: x.view(N, -1, a.head_dim)  # noqa: E731
-    q, k = (heads(kept.q), heads(kept.k)) if block.head is None else _turn(block, context, kept.q, kept.k)  # turned in place, or not
+    q, k = (
+        (heads(kept.q), heads(kept.k)) if block.head is None else _turn(block, context.cosine, context.sine, kept.q, kept.k)
+    )  # turned in place, or not
     dq, dk, dv = attention_backward(heads(mixed), q, k, heads(kept.v), *past, context.layout, a.scaling)
     query_norm, key_norm = block.head or (None, None)
     dq, dk, dv = _turn_back(query_norm, context, dq, kept.q), _turn_back(key_norm, context, dk, kept.k), dv.view(N, -1)
@@ -198,6 +221,10 @@ def _backward(block: Block, context: Context, past, kept: Kept, grad: Tensor, in
         x, grad, dq, dk, dv = (t[inputs] for t in (x, grad, dq, dk, dv))
     dn = _through((dq, dk, dv), (a.q_proj, a.k_proj, a.v_proj), block.heads_over)
     return rms_norm_backward_(grad, dn, x, *norm_of(block.before_attention))
+
+
+def _over_suffixes(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor], layout: Layout, scale: float) -> Tensor:
+    return attention(q, k, v, *past, layout, scale).view(len(q), -1)
 
 
 def _widths(a: nn.Module) -> tuple[int, int, int]:
@@ -215,29 +242,34 @@ def _linear(x: Tensor, projections: Sequence[nn.Linear], out: Sequence[Tensor]) 
 
 def _add_linear(x: Tensor, y: Tensor, projection: nn.Linear, out: Tensor, over: Sharding | None) -> Tensor:
     """x + projection(y) in float32."""
-    if over is None:
+    weight = local(projection.weight)
+    if over is None or over.rank == 0:
         out.copy_(x)
-        products_(y, [projection.weight], [out], turned=True, add=True)
+        products_(y, [weight], [out], turned=True, add=True, parts=PARTS if over is None else 1)
     else:
-        products_(y, [local(projection.weight)], [out], turned=True)
-        over.total_(out).add_(x)
+        products_(y, [weight], [out], turned=True)
+    if over is not None:
+        over.total_(out)
     return out if projection.bias is None else out.add_(local(projection.bias))
 
 
 def _through(grads: Sequence[Tensor], projections: Sequence[nn.Linear], over: Sharding | None) -> Tensor:
     """The gradient [N, d] float32 in what several projections were given, from those in their outputs."""
-    out = grads[0].new_empty(len(grads[0]), projections[0].in_features, dtype=torch.float32)
-    for i, (grad, projection) in enumerate(zip(grads, projections, strict=True)):
-        products_(grad, [local(projection.weight)], [out], turned=False, add=i > 0)
-    return out if over is None else over.total_(out)
+    each = grads[0].new_empty(len(projections), len(grads[0]), projections[0].in_features, dtype=torch.float32)
+    for grad, projection, out in zip(grads, projections, each, strict=True):
+        products_(grad, [local(projection.weight)], [out], turned=False, parts=PARTS if over is None else 1)
+    first, *others = each if over is None else over.total_(each)
+    for other in others:
+        first += other
+    return first
 
 
-def _turn(block: Block, context: Context, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _turn(block: Block, cosine: Tensor, sine: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys [N, heads, h] turned by their position; without norms of their own in place, else as copies."""
     q, k = (x.view(len(x), -1, block.attention.head_dim) for x in (q, k))
     if block.head is not None:
         q, k = (rms_norm(x.float(), *norm_of(norm)) for norm, x in zip(block.head, (q, k), strict=True))
-    return rotate_(q, context.cosine, context.sine), rotate_(k, context.cosine, context.sine)
+    return rotate_(q, cosine, sine), rotate_(k, cosine, sine)
 
 
 def _turn_back(norm: nn.Module | None, context: Context, grad: Tensor, x: Tensor) -> Tensor:

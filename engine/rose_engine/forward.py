@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,15 +32,29 @@ OUTPUT_ROWS = 64
 
 
 def run_layers(decoder: Decoder, hidden: Tensor, position: Tensor, layers: range, attention: TreeAttention | SuffixAttention) -> Tensor:
-    """Apply decoder layers to packed tokens: hidden [N, d], position [N]; returns [N, d]."""
+    """Apply decoder layers to packed tokens: hidden [N, d], position [N]; returns [N, d].
+
+    Layers in float32 that `block` knows are run by it, unless a gradient is asked for. In narrower dtypes the library's run: it rounds the
+    residual stream, as the edited model will.
+    """
     if not layers or not len(hidden):
         return hidden
     hidden, position = hidden[None], position[None]
     rotary = decoder.rotations(hidden, position)
     with attention_of(decoder.model):
         for layer in layers:
-            hidden = decoder.layers[layer](hidden, attention_mask=attention, position_ids=position, position_embeddings=rotary(layer))
+            written = block.block_of(decoder.layers[layer]) if hidden.dtype == torch.float32 and not torch.is_grad_enabled() else None
+            if written is None:
+                hidden = decoder.layers[layer](hidden, attention_mask=attention, position_ids=position, position_embeddings=rotary(layer))
+            else:
+                cosine, sine = (table[0].contiguous() for table in rotary(layer))
+                hidden = block.run(written, hidden[0], cosine, sine, partial(_attend, attention, layer, written.attention.scaling))[None]
     return hidden[0]
+
+
+def _attend(attention: TreeAttention | SuffixAttention, layer: int, scaling: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return attention(layer, q, k, v, scaling, None)[0].flatten(1)
 
 
 def tree_on(rows: Sequence[Sequence[int]], device: torch.device) -> Tree:
