@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from rose_engine import ROSE, Delta, Editor, forward, ledger, optimize, rewording, sample
 from rose_engine.parallel import join, leads, shard_weights
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import IMO, LIN, MARTEAU
@@ -27,9 +28,10 @@ def loaded(folder: Path) -> tuple:
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def edited(editor: Editor) -> list[Delta]:
-    """Two edits, the second on top of the first, of a subject anew and of another."""
-    return [editor.apply(edits, verify=False).delta for edits in (EDITS, MORE)]
+def edited(editor: Editor) -> tuple[list[Delta], Tensor]:
+    """Two edits, the second on top of the first, of a subject anew and of another; and the first one's values."""
+    results = [editor.apply(edits, verify=False) for edits in (EDITS, MORE)]
+    return [result.delta for result in results], results[0].values.delta
 
 
 def far(ours: list[Delta], theirs: list[Delta]) -> float:
@@ -47,7 +49,8 @@ def same(folder: Path, tensor_parallel: int, sharded: str) -> dict:
     model, tokenizer = loaded(folder)
     one = Editor(model, tokenizer, RECIPE)
     as_read = _read(one)
-    alone, whole = edited(one), {name: weight.clone() for name, weight in one.weights().items()}
+    alone, values = edited(one)
+    whole = {name: weight.clone() for name, weight in one.weights().items()}
     if sharded == "library":
         from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -59,7 +62,7 @@ def same(folder: Path, tensor_parallel: int, sharded: str) -> dict:
     editor = Editor(model, tokenizer, RECIPE, group=mesh["subjects"].get_group())
     read = max(abs(a - b) for a, b in zip(_read(editor), as_read, strict=True))
     before = {name: weight.clone() for name, weight in editor.weights().items()}
-    deltas = edited(editor)
+    deltas, same_values = edited(editor)
     sums = [None] * dist.get_world_size()
     dist.all_gather_object(sums, [float(U.sum() + V.sum()) for delta in deltas for U, V in delta.factors.values()])
     sharding = editor.decoder.sharding
@@ -92,6 +95,7 @@ def same(folder: Path, tensor_parallel: int, sharded: str) -> dict:
     records = [delta.metadata["base"] == other.metadata["base"] for delta, other in zip(deltas, alone, strict=True)]
     return {
         "far": far(deltas, alone),
+        "values": torch.equal(same_values, values),
         "weights": off,
         "agree": all(x == sums[0] for x in sums),
         "restored": restored,

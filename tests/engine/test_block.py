@@ -1,16 +1,19 @@
 """Which layers are written out, which the library runs, and that both give the same step; and which dtype `auto` takes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from rose_engine import block, dtype
+from rose_engine import Editor, block, dtype
 from rose_engine.architecture import decoder_of
+from rose_engine.attention import TreeAttention
 from rose_engine.edits import group_by_subject
-from rose_engine.forward import blocks_of, pack, prepare, suffix_step
+from rose_engine.forward import blocks_of, pack, prepare, run_tree, suffix_step, tree_on
 from rose_engine.optimize import subject_rows
 from rose_engine.recipe import ROSE
 from torch import nn
 
-from rose_kernels import native
+from rose_kernels import layer, native
 from tests.conftest import LIN
 
 needs_csrc = pytest.mark.skipif("cpu" not in native.served(), reason="csrc is not built here: no C++ compiler")
@@ -111,6 +114,44 @@ def test_bfloat16_steps_agree_with_the_librarys(make_model, tokenizer, kind, mon
         loss[name] = torch.cat([step.nll.double(), step.grad.double().flatten()])
     off = {name: float((loss[name] - loss["exact"]).norm() / loss["exact"].norm()) for name in ("library", "written")}
     assert off["written"] <= 1.2 * off["library"] < 0.1
+
+
+@needs_csrc
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_float32_layers_of_a_tree_are_the_librarys(make_model, kind, monkeypatch):
+    """Hidden states, and the keys and values that are kept; where a gradient is asked for, the library runs."""
+    model = make_model(kind, head_dim=32, initializer_range=0.2).requires_grad_(False)
+    decoder, words = decoder_of(model), len(model.model.embed_tokens.weight)
+    rows = [torch.randint(words, (n,)).tolist() for n in (9, 4, 300)]
+    rows.append([*rows[2][:5], 7])
+    found, asked = {}, []
+    monkeypatch.setattr(block, "run", lambda *args, ours=block.run: (asked.append(1), ours(*args))[1])
+    for name, gradient in (("written", False), ("library", False), ("asked", True)):
+        monkeypatch.setenv("ROSE_BACKEND", "reference") if name == "library" else monkeypatch.delenv("ROSE_BACKEND", raising=False)
+        tree = tree_on(rows, torch.device("cpu"))
+        attention = TreeAttention(tree, torch.arange(len(tree.token)), keep=range(2, 6))
+        with torch.set_grad_enabled(gradient):
+            hidden = run_tree(decoder, tree, range(6), attention)
+        found[name] = torch.cat([x.flatten() for x in (hidden, *attention.keys.values(), *attention.values.values())]).detach()
+        assert len(asked) == 6
+    for other in ("library", "asked"):
+        assert float((found["written"] - found[other]).norm() / found[other].norm()) < 1e-5
+
+
+@needs_csrc
+def test_values_do_not_depend_on_the_number_of_threads(make_model, tokenizer):
+    if not layer._serves(torch.empty(1, 1)):
+        pytest.skip("PyTorch's products serve here, whose bits may depend on threads")
+    recipe = replace(ROSE, rewordings=0, layers=(1, 2), steps=6, lr=0.1, bystanders=0)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            editor = Editor(make_model(head_dim=32, seed=3, initializer_range=0.2), tokenizer, recipe)
+            found.append(editor.apply(LIN, verify=False).values.delta)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_buffers_are_shared_and_grow():

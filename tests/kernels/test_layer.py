@@ -57,6 +57,27 @@ def test_products_share_their_input_and_depend_on_no_threads(dtype):
         torch.set_num_threads(threads)
 
 
+@dtypes
+@pytest.mark.parametrize("serves", [True, False])
+@pytest.mark.parametrize("depth, divides", [(448, True), (1536, True), (80, False)])
+def test_products_in_parts_are_those_of_the_parts_one_after_another(dtype, serves, depth, divides, monkeypatch):
+    if not serves:
+        monkeypatch.setattr(layer, "_serves", lambda weight: False)
+    elif not layer._serves(torch.empty(1, 1, dtype=dtype)):
+        pytest.skip("PyTorch's products serve here")
+    a, w, before = torch.randn(14, depth), torch.randn(48, depth).to(dtype), torch.randn(14, 48)
+    for turned, weight in ((True, w), (False, w.T.contiguous())):
+        out, wanted = before.clone(), before.clone()
+        layer.products_(a, [weight], [out], turned=turned, add=True, parts=2)
+        for part in a.chunk(2, 1) if divides else [a]:
+            first = part.storage_offset()
+            held = weight.narrow(1 if turned else 0, first, part.shape[1]).contiguous()
+            layer.products_(part.contiguous(), [held], [wanted], turned=turned, add=True)
+        assert torch.equal(out, wanted) if serves else torch.allclose(out, wanted, rtol=1e-5, atol=1e-4)
+        layer.products_(a, [weight], [fresh := torch.full_like(out, torch.nan)], turned=turned, parts=2)
+        assert torch.allclose(fresh, out - before, atol=1e-3)
+
+
 def test_products_where_the_machine_has_no_avx512(monkeypatch):
     a, w, out = torch.randn(7, 32), torch.randn(48, 32), torch.randn(7, 48)
     before = out.clone()
