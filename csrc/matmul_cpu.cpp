@@ -22,8 +22,9 @@ constexpr int64_t tile_rows = 12, tile_vectors = 2, panel = 16 * tile_vectors;
 constexpr int64_t most_steps = 192;  // 24 KiB of a panel stay in a first-level cache; sums of blocks keep rounding errors small
 typedef uint32_t Tile16[16];
 
-// Where sums may go on in the output, a depth such as a vocabulary's is cut into segments, so that the packed rows stay in cache.
-constexpr int64_t most_segment = 6144;
+// Where sums may go on in the output, a depth such as a vocabulary's is cut into segments, so that the packed rows stay in cache. An MLP's is
+// not: what a process sums of a part of it has to be what another sums that holds this part alone.
+constexpr int64_t most_segment = 6144, most_whole = 32768;
 
 // A segment's depth is cut into blocks of one length.
 int64_t block_of(int64_t steps) {
@@ -288,7 +289,8 @@ void products(const void* a, Float a_dtype, int64_t rows, int64_t depth, const P
   if (!rows) return;
   const int64_t all_steps = dtype == Float::f32 ? depth : depth / 2, threads = std::max<int64_t>(1, at::get_num_threads());
   const bool wide = std::all_of(jobs, jobs + count, [](const Product& job) { return job.out_dtype == Float::f32; });
-  const int64_t part = wide && all_steps % (16 * parts) == 0 ? all_steps / parts : all_steps, segment = wide ? most_segment : all_steps;
+  const int64_t part = wide && all_steps % (16 * parts) == 0 ? all_steps / parts : all_steps;
+  const int64_t segment = wide && part > most_whole ? most_segment : part;
   const auto shares = share(jobs, count, rows, threads);
   for (int64_t first = 0, steps; first < all_steps; first += steps) {
     steps = std::min(segment, part - first % part);

@@ -57,12 +57,14 @@ class Layout:
 def products_(a: Tensor, w: Sequence[Tensor], out: Sequence[Tensor], *, turned: bool, add: bool = False, parts: int = 1) -> None:
     """out[i] = a w[i]^T where turned, for w[i] [columns, depth] as a linear layer has it, else a w[i] for w[i] [depth, columns].
 
-    add: onto what out[i] holds. parts: where all of out is float32, each of so many equal parts of the depth is summed as if it were alone,
-    and one is added after the other: the bits of processes that have a part each and add up in this order. A depth that does not divide so
-    in multiples of `WIDTH`, in bfloat16 twice that, is one part.
+    add: onto what out[i] holds. parts: where all of out is float32, each of so many equal parts of the depth is summed by itself, and one
+    is added after the other; a depth that does not divide so in multiples of `WIDTH`, in bfloat16 twice that, is one part. By
+    `csrc/matmul.h` these are the bits of processes that have a part of up to 32,768 words each and add up in this order.
     a [N, depth] and out[i] [N, columns] float32 or of the dtype of w, float32 or bfloat16. Weights are read in place, by
     `csrc/matmul.h` where the machine has AVX-512, which rounds nothing but `out`; else by PyTorch, which rounds sums to the weights' dtype.
     """
+    if parts < 1:
+        raise ValueError(f"parts must be at least 1, given {parts}")
     for weight, to in zip(w, out, strict=True):
         check("w", weight, (None, a.shape[1]) if turned else (a.shape[1], None), DTYPES)
         check("out", to, (len(a), weight.shape[0 if turned else 1]), (torch.float32, weight.dtype))

@@ -1,4 +1,5 @@
-"""The step through Llama-like decoder layers on the CPU, written out: no autograd, no copies, nothing kept that backward does not need.
+"""Llama-like decoder layers on the CPU, written out, and the step through them: no autograd, no copies, nothing kept that backward does
+not need.
 
     m = x + o(attention(q(n), k(n), v(n))),  n = norm(x);     y = m + down(silu(gate(n')) * up(n')),  n' = norm(m)
 
@@ -8,8 +9,8 @@ gate and up are kept, in buffers that all steps share. The last layer runs only 
 its gradient only to the tokens that ask. What the layers compute is the library's: `block_of` takes a layer only where it is one of
 those written out here, and everything else is run by the library (`forward.run_layers`).
 
-In float32 the bits do not depend on the number of threads, nor on whether the weights are whole or spread over two ranks: what two ranks
-would each sum is summed in two parts.
+Where csrc's products serve (`products_`), the bits do not depend on the number of threads, nor in float32 on whether the weights are whole
+or spread over two ranks: what two ranks would each sum is summed in two parts.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ class Block:
 
 def block_of(layer: nn.Module) -> Block | None:
     """The parts of a layer, or None where the library has to run it: another family, a hook or an adapter in it, another dtype."""
-    if type(layer).__name__ not in LAYERS or not type(layer).__module__.startswith("transformers.models."):
-        return None
-    if any(_changed(m) for m in layer.modules()):
+    if type(layer).__name__ not in LAYERS or any(_changed(m) for m in layer.modules()):
         return None
     a, mlp = layer.self_attn, layer.mlp
+    if not all(type(m).__module__.startswith("transformers.models.") for m in (layer, a, mlp)):
+        return None
     linear = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     parameters = list(layer.parameters())
     dtypes = {p.dtype for p in parameters}
@@ -80,8 +81,10 @@ def block_of(layer: nn.Module) -> Block | None:
         heads_over, mlp_over = sharding_between(linear[:3], a.o_proj), sharding_between((mlp.gate_proj, mlp.up_proj), mlp.down_proj)
     except ValueError:
         return None
-    # Every rank has to come to the same answer: all of them have parts of one size.
-    if any(over and (len(set(over.sizes)) > 1 or over.sizes[0] % unit) for over, unit in ((heads_over, a.head_dim), (mlp_over, WIDTH))):
+    # Parts of one size, and heads that stay whole.
+    if any(over and (len(set(over.sizes)) > 1 or over.sizes[0] % WIDTH) for over in (heads_over, mlp_over)):
+        return None
+    if any(len(local(m.weight)) % a.head_dim for m in linear[:3]):
         return None
     head = (a.q_norm, a.k_norm) if hasattr(a, "q_norm") else None
     if not all(is_norm(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm, *(head or ()))):

@@ -143,11 +143,16 @@ def blocks_of(decoder: Decoder, layers: range) -> tuple[block.Block, ...] | None
     """The layers as `block` runs them, or None where one of them, the final norm or the output matrix is not of its kind."""
     blocks = [block.block_of(decoder.layers[layer]) for layer in layers]
     written = blocks and all(blocks) and block.is_norm(decoder.norm) and _plain(decoder.head)
-    return tuple(blocks) if written and len({b.mlp.down_proj.weight.dtype for b in blocks} | {decoder.head.dtype}) == 1 else None
+    written = written and len({b.mlp.down_proj.weight.dtype for b in blocks} | {decoder.head.dtype}) == 1
+    if decoder.sharding is not None:  # a rank that finds a hook of its own, or no csrc, would add up other tensors than the others
+        written = not decoder.sharding.total(torch.tensor([float(not written)], device=decoder.head.device)).any()
+    return tuple(blocks) if written else None
 
 
 def _plain(weight: Tensor) -> bool:
-    return weight.dtype in DTYPES and weight.is_contiguous() and not any(n % WIDTH for n in weight.shape)
+    return (
+        not isinstance(weight, DTensor) and weight.dtype in DTYPES and weight.is_contiguous() and not any(n % WIDTH for n in weight.shape)
+    )
 
 
 @dataclass(frozen=True)

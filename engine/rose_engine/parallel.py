@@ -2,9 +2,9 @@
 
 Every rank makes the same calls on its own `Editor`. Of an edit each optimises its share of the subjects, the values are sent to all, and
 every rank writes the same delta into its weights, or into its part of them. What one process would optimise together is optimised
-together: the delta is one process's, with sharded weights up to the rounding of sums in another order. Files are for one rank to write
-(`leads`). A rank that dies takes the others with it: their next exchange fails, or `torchrun` stops them, and only weights in memory
-are lost.
+together: the delta is one process's, with sharded weights up to the rounding of sums in another order, which between two ranks and float32
+weights on CPUs is the write's alone (`block`). Files are for one rank to write (`leads`). A rank that dies takes the others with it: their
+next exchange fails, or `torchrun` stops them, and only weights in memory are lost.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ def same(folder: Path, tensor_parallel: int, sharded: str) -> dict:
     records = [delta.metadata["base"] == other.metadata["base"] for delta, other in zip(deltas, alone, strict=True)]
     return {
         "far": far(deltas, alone),
+        "first": far(deltas[:1], alone[:1]),
         "values": torch.equal(same_values, values),
         "weights": off,
         "agree": all(x == sums[0] for x in sums),

@@ -52,8 +52,9 @@ def folder(make_model, tokenizer, tmp_path, extra):
     return tmp_path / "model"
 
 
-# Of layers that `block` writes out: with biases, and with heads that do not divide over two ranks.
+# Of layers that `block` writes out: with biases, with norms of queries and keys, and with heads that do not divide over two ranks.
 BIASED = {"head_dim": 32, "attention_bias": True, "mlp_bias": True}
+NORMED = {"kind": "qwen3", "head_dim": 32}
 ODD = {"hidden_size": 96, "head_dim": 32, "num_attention_heads": 3, "num_key_value_heads": 3}
 
 
@@ -62,10 +63,11 @@ ODD = {"hidden_size": 96, "head_dim": 32, "num_attention_heads": 3, "num_key_val
     [
         ({}, 2, ("1:no", "2:engine", "2:library")),
         (BIASED, 2, ("2:engine",)),
+        (NORMED, 2, ("2:engine",)),
         (ODD, 2, ("2:engine",)),
         pytest.param({}, 4, ("2:engine",), marks=pytest.mark.slow),
     ],
-    ids=["library", "biased", "odd", "four"],
+    ids=["library", "biased", "normed", "odd", "four"],
 )
 def test_ranks_write_what_one_process_writes(folder, extra, ranks, ways):
     process = launch(ranks, "same", folder, *ways)
@@ -77,6 +79,7 @@ def test_ranks_write_what_one_process_writes(folder, extra, ranks, ways):
     for way, found in zip(ways, json.loads(said.splitlines()[-1]), strict=True):
         spread = way != "1:no"
         assert found["far"] < 1e-4 and found["weights"] < 1e-5, way
+        assert found["first"] < (1e-5 if found["written"] else 1e-4), way
         assert found["agree"] and found["restored"] and found["base"] and found["loaded"] < 1e-6, way
         assert found["written"] == (bool(extra) and "cpu" in native.served()), way
         assert found["values"] or not found["written"] or not layer._serves(torch.empty(1, 1)), way
