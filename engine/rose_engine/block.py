@@ -214,9 +214,9 @@ def _backward(block: Block, context: Context, past, kept: Kept, grad: Tensor, in
     mixed = torch.empty_like(kept.q)
     products_(grad, [local(a.o_proj.weight)], [mixed], turned=False)
     heads = lambda x: x.view(N, -1, a.head_dim)  # noqa: E731
-    q, k = (
-        (heads(kept.q), heads(kept.k)) if block.head is None else _turn(block, context.cosine, context.sine, kept.q, kept.k)
-    )  # turned in place, or not
+    q, k = heads(kept.q), heads(kept.k)  # turned in place already, but where norms stand between
+    if block.head is not None:
+        q, k = _turn(block, context.cosine, context.sine, kept.q, kept.k)
     dq, dk, dv = attention_backward(heads(mixed), q, k, heads(kept.v), *past, context.layout, a.scaling)
     query_norm, key_norm = block.head or (None, None)
     dq, dk, dv = _turn_back(query_norm, context, dq, kept.q), _turn_back(key_norm, context, dk, kept.k), dv.view(N, -1)

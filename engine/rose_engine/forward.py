@@ -150,9 +150,8 @@ def blocks_of(decoder: Decoder, layers: range) -> tuple[block.Block, ...] | None
 
 
 def _plain(weight: Tensor) -> bool:
-    return (
-        not isinstance(weight, DTensor) and weight.dtype in DTYPES and weight.is_contiguous() and not any(n % WIDTH for n in weight.shape)
-    )
+    whole = not isinstance(weight, DTensor) and weight.is_contiguous()
+    return whole and weight.dtype in DTYPES and not any(n % WIDTH for n in weight.shape)
 
 
 @dataclass(frozen=True)
