@@ -24,7 +24,7 @@ struct Product {
 
 // a [rows, depth] of a_dtype (f32 or the weights' type), shared by all products; depth and columns are multiples of 16. Where all outputs
 // are f32, each equal part of the depth is summed by itself, as if it were all there is, and added to `out` before the next; a depth that
-// does not divide into parts in multiples of 16 words is one part. (Parts of more than 32768 words are cut further.)
+// does not divide into parts in multiples of 16 words is one part. (Parts of more than 16384 words are cut further.)
 void products(const void* a, Float a_dtype, int64_t rows, int64_t depth, const Product* jobs, int64_t count, Float dtype, bool turned, bool add,
               int64_t parts);
 

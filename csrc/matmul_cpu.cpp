@@ -24,7 +24,7 @@ typedef uint32_t Tile16[16];
 
 // Where sums may go on in the output, a depth such as a vocabulary's is cut into segments, so that the packed rows stay in cache. An MLP's is
 // not: what a process sums of a part of it has to be what another sums that holds this part alone.
-constexpr int64_t most_segment = 6144, most_whole = 32768;
+constexpr int64_t most_segment = 6144, most_whole = 16384;
 
 // A segment's depth is cut into blocks of one length.
 int64_t block_of(int64_t steps) {

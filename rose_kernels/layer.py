@@ -59,7 +59,7 @@ def products_(a: Tensor, w: Sequence[Tensor], out: Sequence[Tensor], *, turned: 
 
     add: onto what out[i] holds. parts: where all of out is float32, each of so many equal parts of the depth is summed by itself, and one
     is added after the other; a depth that does not divide so in multiples of `WIDTH`, in bfloat16 twice that, is one part. By
-    `csrc/matmul.h` these are the bits of processes that have a part of up to 32,768 words each and add up in this order.
+    `csrc/matmul.h` these are the bits of processes that have a part of up to 16,384 words each and add up in this order.
     a [N, depth] and out[i] [N, columns] float32 or of the dtype of w, float32 or bfloat16. Weights are read in place, by
     `csrc/matmul.h` where the machine has AVX-512, which rounds nothing but `out`; else by PyTorch, which rounds sums to the weights' dtype.
     """
