@@ -15,7 +15,7 @@ or spread over two ranks: what two ranks would each sum is summed in two parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -171,6 +171,16 @@ def backward(blocks: Sequence[Block], context: Context, kept: Sequence[Kept], gr
     for i in reversed(range(len(blocks))):
         grad = _backward(blocks[i], context, context.past[i], kept[i], grad, inputs if i == 0 else None)
     return grad
+
+
+def gradients(blocks: Sequence[Block], context: Context, kept: Sequence[Kept], grad: Tensor) -> Iterator[Tensor]:
+    """The gradient [N, d] float32 at every token of each layer's x, from the last layer's to the first's; the next overwrites it.
+
+    grad [T, d]: that at the last layer's outputs. Overwrites it and what was kept.
+    """
+    for i in reversed(range(len(blocks))):
+        grad = _backward(blocks[i], context, context.past[i], kept[i], grad, None)
+        yield grad
 
 
 # attend(q, k, v): what each token of q [N, heads, h] is told by the keys and values [N, KV, h], and any others: [N, heads * h].

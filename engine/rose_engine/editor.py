@@ -183,7 +183,8 @@ class Editor:
         clock("verify")
         rows = [row for plan in plans for row in plan.facts]
         if values is None:
-            values = optimize_spread(self.decoder, plans, recipe, self._group, progress, clock)
+            coordinates = self._readings.coordinates(recipe)
+            values = optimize_spread(self.decoder, plans, recipe, self._group, progress, clock, coordinates)
         elif (len(values.delta), len(values.wanted)) != (len(subjects), len(rows)):
             raise ValueError(
                 f"the values are of {len(values.delta)} subjects and {len(values.wanted)} rows, not {len(subjects)} and {len(rows)}"

@@ -122,18 +122,19 @@ def optimize_values(
     progress: Progress | None = None,
     clock: Clock = lambda stage: None,
     *,
+    coordinates: Tensor | None = None,
     batch_tokens: int = BATCH_TOKENS,
     step_tokens: int = STEP_TOKENS,
 ) -> Values:
     """Optimise one delta for each subject, as many subjects at a time as `batch_tokens` suffix tokens hold.
 
-    Diverged where a loss is not finite.
+    coordinates: T [d, d] symmetric, in which Adam steps: delta = T u (`fisher`); None is the identity. Diverged where a loss is not finite.
     """
     parts, done = [], 0
     for members in batches_of(subjects, batch_tokens):
         report = partial(progress, done, len(subjects)) if progress else None
         try:
-            parts.append(_optimize_batch(decoder, members, recipe, report, clock, step_tokens))
+            parts.append(_optimize_batch(decoder, members, recipe, report, clock, coordinates, step_tokens))
         except Diverged as e:
             raise Diverged([done + subject for subject in e.subjects], e.step) from None
         done += len(members)
@@ -161,6 +162,7 @@ def _optimize_batch(
     recipe: Recipe,
     progress: Callable[[int, float], None] | None,
     clock: Clock,
+    coordinates: Tensor | None,
     step_tokens: int,
 ) -> Values:
     rows = [row for subject in subjects for row in subject.facts]
@@ -177,7 +179,10 @@ def _optimize_batch(
     wanted = prepared.hidden[prepared.last[:facts]].float()
     v0 = wanted[relation_offset[subject_offset[:-1]]]
     v0_norm = v0.norm(dim=-1)
-    delta, exp_avg, exp_avg_sq = (torch.zeros_like(v0) for _ in range(3))
+    turned = (lambda x: x) if coordinates is None else (lambda x: (x.to(coordinates.dtype) @ coordinates).float())
+    longest = 1.0 if coordinates is None else float(torch.linalg.matrix_norm(coordinates, 2))
+    u, exp_avg, exp_avg_sq = (torch.zeros_like(v0) for _ in range(3))
+    delta = u
     steps = torch.zeros(count, dtype=torch.int32, device=v0.device)
     active = torch.ones(count, dtype=torch.bool, device=v0.device)
     row_grad = v0.new_zeros(len(rows), v0.shape[1])
@@ -204,21 +209,24 @@ def _optimize_batch(
             progress(step, float(loss.mean()))
         if first_centroids is not None and not active.any():
             break
-        centroids = aggregate_step_(
-            row_grad[:facts],
+        if first_centroids is None:
+            first_centroids = segment_mean(row_grad[:facts], relation_offset)
+        grad = turned(row_grad)
+        aggregate_step_(
+            grad[:facts],
             relation_offset,
             subject_offset,
-            delta,
+            u,
             exp_avg,
             exp_avg_sq,
             steps,
             v0_norm,
             active,
-            recipe.kl * row_grad[facts:],
+            recipe.kl * grad[facts:],
             recipe.lr,
             weight_decay=recipe.weight_decay,
-            clamp=recipe.clamp,
+            clamp=recipe.clamp / longest,
         )
-        first_centroids = centroids if first_centroids is None else first_centroids
+        delta = turned(u)
     clock("optimise")
     return Values(delta, v0, wanted, loss, steps, first_centroids)

@@ -95,13 +95,14 @@ def optimize_spread(
     group: dist.ProcessGroup | None,
     progress: Progress | None,
     clock: Clock,
+    coordinates: Tensor | None = None,
 ) -> Values:
     """`optimize_values` with the batches of subjects spread over the ranks of a group, and the same values on all of them.
 
     Diverged on every rank where it is raised on one, RuntimeError where another one failed; progress tells of this rank's subjects alone.
     """
     if group is None or group.size() == 1:
-        return optimize_values(decoder, subjects, recipe, progress, clock)
+        return optimize_values(decoder, subjects, recipe, progress, clock, coordinates=coordinates)
     # The batches of one process, or smaller ones where there are fewer of them than ranks.
     budget = BATCH_TOKENS if len(batches_of(subjects, BATCH_TOKENS)) >= group.size() else 1
     shares = shares_of([len(batch) for batch in batches_of(subjects, budget)], group.size())
@@ -110,7 +111,8 @@ def optimize_spread(
     # Of each subject the step at which it diverged; behind them whether a rank failed otherwise.
     status = torch.full((len(subjects) + 1,), -1)
     try:
-        values = optimize_values(decoder, mine, recipe, progress, clock, batch_tokens=budget) if mine else None
+        if mine:
+            values = optimize_values(decoder, mine, recipe, progress, clock, coordinates=coordinates, batch_tokens=budget)
     except Diverged as e:
         status[[shares[group.rank()] + s for s in e.subjects]] = e.step
     except Exception as e:

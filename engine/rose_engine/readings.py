@@ -1,6 +1,6 @@
-"""What recipes read off the unedited model, once: rewordings, sampled prefixes, and second moments with their factors.
+"""What recipes read off the unedited model, once: rewordings, the coordinates of values, sampled prefixes, and second moments.
 
-The default recipe needs the first alone; MEMIT's and AlphaEdit's need the others.
+The default recipe needs the first two; MEMIT's and AlphaEdit's need the others.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, broadcast
 
 from rose_engine.architecture import Decoder
+from rose_engine.bystanders import STATEMENTS
+from rose_engine.fisher import coordinates, fisher_information
 from rose_engine.moments import MODEL, moments
 from rose_engine.parallel import of_the_first
 from rose_engine.precondition import Base, covariance, identity, moment_factor, moment_null_space, null_space
@@ -37,6 +39,7 @@ class Readings:
         self._prefixes: dict[int, tuple[str, ...]] = {}
         self._parts: dict[tuple[Any, ...], Tensor] = {}
         self._bases: dict[tuple[Any, ...], Base] = {}
+        self._coordinates: dict[tuple[Any, ...], Tensor] = {}
 
     def rewordings(self, name: str, prompts: Sequence[str]) -> list[list[str]]:
         """What the model writes for prompts with a name in their place (`rewording.written`)."""
@@ -61,7 +64,20 @@ class Readings:
             recipe = replace(recipe, prefixes=self._prefixes[recipe.seed])
         for layer in recipe.layers:
             self.base(recipe, self._decoder.weight_name(layer))
+        self.coordinates(recipe)
         return recipe
+
+    def coordinates(self, recipe: Recipe) -> Tensor | None:
+        """Those in which a recipe's values are optimised, T [d, d], or None (`fisher`)."""
+        about = (recipe.fisher, recipe.layers, recipe.seed)
+        if recipe.fisher and about not in self._coordinates:
+            texts = [self._tokenizer(text)["input_ids"] for text in STATEMENTS]
+            with self._unedited():
+                found = coordinates(fisher_information(self._decoder, texts, recipe.layers, recipe.seed), recipe.fisher)
+            for group in self._groups:
+                broadcast(found, group=group, group_src=0)
+            self._coordinates[about] = found
+        return self._coordinates.get(about)
 
     def base(self, recipe: Recipe, name: str) -> Base:
         """What a weight's preconditioner is made on: the same object as long as nothing about it changes."""

@@ -22,7 +22,8 @@ class Recipe:
     writes for a prompt that brings none (`rewording`); 0 is none. steps, lr: Adam's. weight_decay (wd), kl: the
     regularisers' weights. clamp (c): the value stays within clamp * ||v0|| of v0. stop_loss: a subject leaves once the mean of its
     relations' losses is below; 0 keeps it to the last step. noise: at every step each row's delta is disturbed by this share of its length
-    in a Gaussian direction of its own, drawn with `seed`, so that what is found stays good around itself; 0 is none.
+    in a Gaussian direction of its own, drawn with `seed`, so that what is found stays good around itself; 0 is none. fisher: how much less
+    a value goes in directions on which the model's answers about others depend (`fisher`); 0 is no less.
     layers: the edited layers; the last is L. columns: "row" writes one key for each fact in a form, "mean" one for a value.
     preconditioner: C is the "identity" times ridge (eq. 10), the "covariance" covariance_weight * E[k k^T] (ridge cancels), or the
     "null_space" below null_threshold of E[k k^T] is kept, with ridge. corpus: what E is taken over, `corpus_tokens` tokens of it: "model"
@@ -45,6 +46,7 @@ class Recipe:
     clamp: float = 4.0
     stop_loss: float = 0.05
     noise: float = 0.1
+    fisher: float = 3.0
     layers: tuple[int, ...] = (4, 5, 6, 7, 8)
     columns: Literal["row", "mean"] = "row"
     ridge: float = 1.0
@@ -67,7 +69,7 @@ class Recipe:
         for name in ("steps", "lr", "clamp", "ridge", "covariance_weight", "null_threshold", "corpus_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, given {getattr(self, name)}")
-        for name in ("weight_decay", "kl", "stop_loss", "noise", "bystanders", "rewordings"):
+        for name in ("weight_decay", "kl", "stop_loss", "noise", "fisher", "bystanders", "rewordings"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, given {getattr(self, name)}")
 
@@ -82,7 +84,7 @@ class Recipe:
 
 
 ROSE = Recipe()
-ROSE_PAPER = replace(ROSE, name="rose_paper", texts="paper_forms", rewordings=0, steps=35, noise=0.0, bystanders=0)
+ROSE_PAPER = replace(ROSE, name="rose_paper", texts="paper_forms", rewordings=0, steps=35, noise=0.0, fisher=0.0, bystanders=0)
 # method.md section 3. The published methods that the engine can express, all with MEMIT-Merge's optimisation, which is that of the paper's
 # RoSE too (Appendix D.3), so that they differ in what section 3 names alone.
 MEMIT_MERGE = replace(ROSE_PAPER, name="memit_merge", texts="prefixes", columns="mean", preconditioner="covariance", sequential="plain")

@@ -1,0 +1,67 @@
+"""Fisher information of answers about others, and the coordinates in which a value avoids the directions that they depend on.
+
+A write reaches tokens of other subjects with a share c of the value, and to second order changes what the model answers there by
+
+    KL = c^2 / 2 delta^T F delta,    F = sum over layers, statements x and their tokens t of E_{y ~ P(. | x)} [g g^T],
+    g = the gradient of log P(y | x) in the hidden state of token t after the layer.
+
+A few directions hold most of F. A value is optimised as delta = T u, where T shrinks those and leaves the others nearly as they are
+(docs/value-generalisation.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rose_engine.architecture import Decoder
+from rose_engine.forms import Row
+from rose_engine.forward import logits, pack, prepare, run_tree, token_gradients, tree_on
+from rose_engine.packing import split_rows
+
+# Answers that are drawn of each text, and tokens that are run at one time.
+DRAWS = 2
+RUN_TOKENS = 256
+# T is rounded to multiples of it, so that its bits do not depend on the order of sums.
+GRAIN = 2.0**-16
+
+
+def fisher_information(
+    decoder: Decoder, texts: Sequence[Sequence[int]], layers: Sequence[int], seed: int = 0, draws: int = DRAWS
+) -> Tensor:
+    """F [d, d] float64 of texts, as tokens, after `layers`, ascending, on the model's device: the mean over `draws` answers to each."""
+    probability = _answers(decoder, texts)
+    drawn = torch.multinomial(probability, draws, replacement=True, generator=torch.Generator().manual_seed(seed))
+    rows = [Row((*text, y), 0, len(text)) for text, answers in zip(texts, drawn.tolist(), strict=True) for y in answers]
+    prepared = prepare(decoder, rows, layers[0])
+    total = torch.zeros(2 * (decoder.embedding.embedding_dim,), dtype=torch.float64, device=prepared.hidden.device)
+    for index in split_rows(rows, range(len(rows)), RUN_TOKENS):
+        for layer, grad in zip(reversed((layers[0], *prepared.layers[:-1])), token_gradients(pack(prepared, index)), strict=True):
+            if layer in layers:
+                grad = grad.double()
+                total.addmm_(grad.T, grad, alpha=1 / draws)
+    return total
+
+
+@torch.no_grad()
+def _answers(decoder: Decoder, texts: Sequence[Sequence[int]]) -> Tensor:
+    """P(. | x) [texts, V] on the host."""
+    tree = tree_on(texts, decoder.embedding.weight.device)
+    top = run_tree(decoder, tree, range(len(decoder.layers)))
+    return logits(decoder, top[[path[-1] for path in tree.path]]).softmax(-1).cpu()
+
+
+def coordinates(information: Tensor, weight: float) -> Tensor:
+    """T = c (I + weight F d / tr F)^(-1/2) [d, d], symmetric, with c such that the mean square of its singular values is 1.
+
+    A direction in which F is average is shrunk by sqrt(1 + weight) beside one where it is 0. float64 on a CPU, where sums of rounded
+    numbers hardly ever depend on their order, float32 elsewhere.
+    """
+    value, vector = torch.linalg.eigh(information)
+    scale = (1 + weight * value.clamp(min=0) / value.mean()).rsqrt()
+    scale /= scale.square().mean().sqrt()
+    T = (vector * scale) @ vector.T
+    T = ((T + T.T) / (2 * GRAIN)).round() * GRAIN
+    return T if T.device.type == "cpu" else T.float()
