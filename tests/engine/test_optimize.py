@@ -13,7 +13,7 @@ from rose_engine.recipe import ROSE
 from tests.conftest import IMO, LIN, MARTEAU
 from tests.engine.naive import naive_row, run, unedited_prediction
 
-RECIPE = replace(ROSE, rewordings=0, bystanders=0, layers=(1, 2), steps=6, lr=0.05, stop_loss=0.0)
+RECIPE = replace(ROSE, rewordings=0, fisher=0.0, bystanders=0, layers=(1, 2), steps=6, lr=0.05, stop_loss=0.0)
 
 
 @pytest.fixture
@@ -34,35 +34,46 @@ def hidden_at_subject(model, row, layer):
     return kept[0]
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_values_equal_a_plain_loop(setting, noise):
+def some_coordinates(d: int, seed: int = 3):
+    """A symmetric T [d, d] that is far from the identity."""
+    x = torch.randn(d, 2 * d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x @ x.T / (2 * d)
+
+
+@pytest.mark.parametrize(("noise", "turned", "clamp"), [(0.3, False, 4.0), (0.3, True, 4.0), (0.0, True, 0.1)])
+def test_values_equal_a_plain_loop(setting, noise, turned, clamp):
     model, decoder, subjects = setting
-    recipe = replace(RECIPE, noise=noise, seed=7)
-    values = optimize_values(decoder, subjects, recipe)
+    recipe = replace(RECIPE, noise=noise, seed=7, clamp=clamp)
+    T = some_coordinates(32) if turned else torch.eye(32, dtype=torch.float64)
+    values = optimize_values(decoder, subjects, recipe, coordinates=T if turned else None)
+    longest = float(torch.linalg.eigvalsh(T)[-1])
+    T = T.float()
     for s, subject in enumerate(subjects):
         generator, d = torch.Generator().manual_seed(7), values.delta.shape[1]
         v0 = hidden_at_subject(model, subject.relations[0][0], 2)
         torch.testing.assert_close(values.v0[s], v0, rtol=1e-4, atol=1e-5)
-        delta = torch.zeros_like(v0, requires_grad=True)
-        adam = torch.optim.Adam([delta], lr=RECIPE.lr)
+        u, delta = torch.zeros_like(v0, requires_grad=True), torch.zeros_like(v0)
+        adam = torch.optim.Adam([u], lr=RECIPE.lr)
         reference = unedited_prediction(model, subject.neutral)
         for step in range(RECIPE.steps):
-            drawn = noise * delta.detach().norm() * F.normalize(torch.randn(len(subject.facts), d, generator=generator), dim=-1)
-            given = iter(delta.detach() + drawn)
+            drawn = noise * delta.norm() * F.normalize(torch.randn(len(subject.facts), d, generator=generator), dim=-1)
+            given = iter(delta + drawn)
             centroids = [torch.stack([naive_row(model, row, 2, next(given))[1] for row in rel]).mean(0) for rel in subject.relations]
             if step == 0:
                 first = sum(len(x.relations) for x in subjects[:s])
                 ours = values.centroids[first : first + len(centroids)]
                 torch.testing.assert_close(ours, torch.stack(centroids), rtol=1e-3, atol=1e-5)
-            kl = naive_row(model, subject.neutral, 2, delta.detach(), reference)[1]
-            norm = delta.detach().norm()
-            decay = RECIPE.weight_decay * delta.detach() / (norm * v0.norm() ** 2) if norm > 0 else 0.0
-            delta.grad = torch.stack(centroids).mean(0) + RECIPE.kl * kl + decay
+            kl = naive_row(model, subject.neutral, 2, delta, reference)[1]
+            norm = u.detach().norm()
+            decay = RECIPE.weight_decay * u.detach() / (norm * v0.norm() ** 2) if norm > 0 else 0.0
+            u.grad = T @ (torch.stack(centroids).mean(0) + RECIPE.kl * kl) + decay
             adam.step()
             with torch.no_grad():
-                limit = RECIPE.clamp * v0.norm()
-                delta *= (limit / delta.norm()).clamp(max=1.0)
-        torch.testing.assert_close(values.delta[s], delta.detach(), rtol=2e-3, atol=2e-4)
+                limit = clamp * v0.norm() / longest
+                u *= (limit / u.norm()).clamp(max=1.0)
+                delta = T @ u
+        assert delta.norm() <= clamp * v0.norm() * (1 + 1e-5)
+        torch.testing.assert_close(values.delta[s], delta, rtol=2e-3, atol=2e-4)
 
 
 def test_a_rewording_is_a_row_as_its_prompt_would_be(setting, tokenizer):
