@@ -18,39 +18,29 @@ from torch import Tensor
 
 from rose_engine.architecture import Decoder
 from rose_engine.forms import Row
-from rose_engine.forward import logits, pack, prepare, run_tree, token_gradients, tree_on
+from rose_engine.forward import answer_gradients, pack, prepare
 from rose_engine.packing import split_rows
 
-# Answers that are drawn of each text, and tokens that are run at one time.
-DRAWS = 2
+# Tokens that are run at one time.
 RUN_TOKENS = 256
 # T is rounded to multiples of it, so that its bits do not depend on the order of sums.
 GRAIN = 2.0**-16
 
 
-def fisher_information(
-    decoder: Decoder, texts: Sequence[Sequence[int]], layers: Sequence[int], seed: int = 0, draws: int = DRAWS
-) -> Tensor:
-    """F [d, d] float64 of texts, as tokens, after `layers`, ascending, on the model's device: the mean over `draws` answers to each."""
-    probability = _answers(decoder, texts)
-    drawn = torch.multinomial(probability, draws, replacement=True, generator=torch.Generator().manual_seed(seed))
-    rows = [Row((*text, y), 0, len(text)) for text, answers in zip(texts, drawn.tolist(), strict=True) for y in answers]
+def fisher_information(decoder: Decoder, texts: Sequence[Sequence[int]], layers: Sequence[int], seed: int = 0) -> Tensor:
+    """F [d, d] float64 of texts, as tokens, after `layers`, ascending, on the model's device: of each text with one answer y, drawn with
+    `seed`."""
+    rows = [Row((*text, text[-1]), 0, len(text)) for text in texts]  # the answer stands where the last token is again
+    generator = torch.Generator().manual_seed(seed)
     prepared = prepare(decoder, rows, layers[0])
+    before = (layers[0], *prepared.layers[:-1])  # the layers after which the gradients are
     total = torch.zeros(2 * (decoder.embedding.embedding_dim,), dtype=torch.float64, device=prepared.hidden.device)
     for index in split_rows(rows, range(len(rows)), RUN_TOKENS):
-        for layer, grad in zip(reversed((layers[0], *prepared.layers[:-1])), token_gradients(pack(prepared, index)), strict=True):
+        for layer, grad in zip(reversed(before), answer_gradients(pack(prepared, index), generator), strict=True):
             if layer in layers:
                 grad = grad.double()
-                total.addmm_(grad.T, grad, alpha=1 / draws)
+                total.addmm_(grad.T, grad)
     return total
-
-
-@torch.no_grad()
-def _answers(decoder: Decoder, texts: Sequence[Sequence[int]]) -> Tensor:
-    """P(. | x) [texts, V] on the host."""
-    tree = tree_on(texts, decoder.embedding.weight.device)
-    top = run_tree(decoder, tree, range(len(decoder.layers)))
-    return logits(decoder, top[[path[-1] for path in tree.path]]).softmax(-1).cpu()
 
 
 def coordinates(information: Tensor, weight: float) -> Tensor:

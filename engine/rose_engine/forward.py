@@ -2,8 +2,8 @@
 
 `prepare` computes, for a set of rows, the hidden states after layer L and the keys and values that suffixes need of their
 prefixes above L; `pack` lays out some of the rows for stepping. `suffix_step` is a step: inject, layers L + 1 and up, loss at the
-targets alone, and its gradient; `suffix_nll` is the loss alone, `token_gradients` the gradient in every token of a suffix and every
-layer. Weights never take a gradient. Layers that `block` knows are run by it, all others by the library.
+targets alone, and its gradient; `suffix_nll` is the loss alone, `answer_gradients` the gradient of an answer in every token of a suffix
+and every layer. Weights never take a gradient. Layers that `block` knows are run by it, all others by the library.
 Where a layer stands and what it is called is `architecture`'s; which tokens are run is `packing`'s.
 """
 
@@ -265,28 +265,38 @@ def _written_step(batch: Batch, hidden: Tensor, count: Tensor) -> tuple[Tensor, 
     return nll, kl, block.backward(p.blocks, batch.layout, kept, grad, s.start)
 
 
-def token_gradients(batch: Batch) -> Iterator[Tensor]:
-    """The gradient [N, d] float32 of the sum of -log P(target) in every token of the suffixes of rows that have targets: in the hidden
-    states before the last layer, then before the one below it, down to those after layer L. A gradient serves until the next is asked
-    for."""
-    return _library_gradients(batch) if batch.prepared.blocks is None else _written_gradients(batch)
+def answer_gradients(batch: Batch, generator: torch.Generator) -> Iterator[Tensor]:
+    """The gradient [N, d] float32 of the sum of -log P(y) in every token of the suffixes, y drawn from what the model answers where a row's
+    target stands: in the hidden states before the last layer, then before the one below it, down to those after layer L.
+
+    generator: the host's. A gradient serves until the next is asked for.
+    """
+    return (_library_gradients if batch.prepared.blocks is None else _written_gradients)(batch, generator)
 
 
-def _library_gradients(batch: Batch) -> Iterator[Tensor]:
+def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token [T] of each distribution [T, V]."""
+    return torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+
+
+def _library_gradients(batch: Batch, generator: torch.Generator) -> Iterator[Tensor]:
     s, decoder, layers = batch.suffixes, batch.prepared.decoder, batch.prepared.layers
     before = [batch.hidden.detach().requires_grad_()]
     with torch.enable_grad():
         for layer in layers:
             before.append(run_layers(decoder, before[-1], s.position, range(layer, layer + 1), batch.layout))
-        nll = target_nll_of(decoder, before.pop()[s.predict], s.target)
+        top = before.pop()[s.predict]
+        nll = target_nll_of(decoder, top, drawn(logits(decoder, top), generator))
         yield from (grad.float() for grad in reversed(torch.autograd.grad(nll.sum(), before)))
 
 
 @torch.no_grad()
-def _written_gradients(batch: Batch) -> Iterator[Tensor]:
-    s, p = batch.suffixes, batch.prepared
-    top, kept = block.forward(p.blocks, batch.layout, batch.hidden, s.predict, p.space)
-    _, _, grad = _read_out(p.decoder, top, s.target, torch.ones(len(s.target)), batch.reference, p.space)
+def _written_gradients(batch: Batch, generator: torch.Generator) -> Iterator[Tensor]:
+    p, predict = batch.prepared, batch.suffixes.predict
+    top, kept = block.forward(p.blocks, batch.layout, batch.hidden, predict, p.space)
+    scores = top.new_empty(len(top), len(p.decoder.head))
+    products_(rms_norm(top, *block.norm_of(p.decoder.norm)), [p.decoder.head], [scores], turned=True)
+    _, _, grad = _read_out(p.decoder, top, drawn(scores, generator), torch.ones(len(top)), batch.reference, p.space)
     yield from block.gradients(p.blocks, batch.layout, kept, grad)
 
 

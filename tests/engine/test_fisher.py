@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from rose_engine import ROSE, Editor, fisher
+from rose_engine import ROSE, Editor, forward
 from rose_engine.architecture import decoder_of
 from rose_engine.fisher import GRAIN, coordinates, fisher_information
 
@@ -20,11 +20,6 @@ TEXTS = ("Emmy Noether was a professor at", "The capital of Eritrea is", "Hindi 
 @pytest.fixture
 def texts(tokenizer):
     return [tokenizer(text)["input_ids"] for text in TEXTS]
-
-
-def answer_with(monkeypatch, answers):
-    """Every text gets the answer that is told, in the place of a drawn one."""
-    monkeypatch.setattr(fisher, "_answers", lambda decoder, texts: F.one_hot(torch.tensor(answers), len(decoder.head)).float())
 
 
 def run(model, text, layer, added):
@@ -43,33 +38,39 @@ def test_it_is_the_sum_of_squared_gradients(make_model, tokenizer, texts, monkey
     shape = {"hidden_size": width, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32 if width == 64 else 20}
     model = make_model(kind, seed=4, initializer_range=0.2, **shape).requires_grad_(False)
     decoder = decoder_of(model)
-    answers = torch.randint(len(decoder.head), (len(texts),), generator=torch.Generator().manual_seed(8)).tolist()
-    answer_with(monkeypatch, answers)
+    monkeypatch.setattr(forward, "drawn", lambda logits, generator: logits.argmax(-1))
     ours = fisher_information(decoder, texts, LAYERS)
     plain = in_float64(model) if kind != "gpt_neox" else model
     wanted = torch.zeros(width, width, dtype=torch.float64)
-    for text, answer in zip(texts, answers, strict=True):
+    for text in texts:
         for layer in LAYERS:
             added = torch.zeros(len(text), width, dtype=next(plain.parameters()).dtype, requires_grad=True)
-            (grad,) = torch.autograd.grad(run(plain, text, layer, added)[answer], added)
+            (grad,) = torch.autograd.grad(run(plain, text, layer, added).max(), added)
             wanted += grad.double().T @ grad.double()
     torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
     written = "cpu" in native.served() and (kind, width) in (("llama", 64), ("qwen3", 64))
-    assert (fisher.prepare(decoder, [fisher.Row((*texts[0], 0), 0, len(texts[0]))], 1).blocks is not None) == written
+    assert (forward.blocks_of(decoder, range(2, 6)) is not None) == written
 
 
-def test_answers_are_the_models(make_model, texts):
-    model = make_model(seed=2, initializer_range=0.2)
+def test_answers_are_drawn_as_the_model_gives_them(make_model, texts, monkeypatch):
+    """The distribution that is drawn from, and how often its likeliest tokens come."""
+    model, asked = make_model(seed=2, initializer_range=0.2), []
+    real = forward.drawn
+    monkeypatch.setattr(forward, "drawn", lambda logits, generator: asked.append(logits.detach().clone()) or real(logits, generator))
+    fisher_information(decoder_of(model), texts[:1], LAYERS)
     with torch.no_grad():
-        wanted = torch.stack([model(input_ids=torch.tensor([text])).logits[0, -1].softmax(-1) for text in texts])
-    torch.testing.assert_close(fisher._answers(decoder_of(model), texts), wanted, rtol=1e-3, atol=1e-7)
+        wanted = model(input_ids=torch.tensor(texts[:1])).logits[0, -1:].log_softmax(-1)
+    torch.testing.assert_close(asked[0].log_softmax(-1), wanted, rtol=1e-4, atol=1e-4)
+    probability = torch.tensor([0.5, 0.3, 0.2])
+    said = real(probability.log().expand(4000, 3), torch.Generator().manual_seed(1)).bincount(minlength=3) / 4000
+    torch.testing.assert_close(said, probability, rtol=0, atol=0.04)
 
 
 def test_it_foretells_what_a_small_change_does(make_model, texts):
     """KL of the answers before and after a small delta at one token after another, against delta^T F delta / 2."""
     model = make_model(seed=3, initializer_range=0.4).requires_grad_(False)
     decoder, text, layer = decoder_of(model), texts[0], 2
-    F_ = fisher_information(decoder, [text], (layer,), draws=1500)
+    F_ = fisher_information(decoder, [text] * 1500, (layer,)) / 1500
     exact, delta = in_float64(model), 1e-3 * torch.randn(32, dtype=torch.float64)
     before = run(exact, text, layer, torch.zeros(len(text), 32, dtype=torch.float64))
     kl = 0.0
