@@ -388,7 +388,8 @@ class Editor:
             raise ValueError(f"{what} needs whole weights, and these are spread over ranks; make the edit first, then load its delta")
 
     def prepare(self, recipe: Recipe | None = None) -> Recipe:
-        """Have what a recipe needs once, which `apply` would see to otherwise: prefixes and second moments, read off the unedited model.
+        """Have what a recipe needs once, which `apply` would see to otherwise: the coordinates of values, prefixes and second moments, read
+        off the unedited model.
 
         Returns the recipe with its prefixes. ValueError or OSError where its corpus does not serve.
         """

@@ -8,15 +8,16 @@ Memory (bytes; b: of a weight's element):
     logits        up to OUTPUT_ROWS x vocabulary in float32, and a row a subject for the regulariser's reference
     weights       the edited weights once more, for `all_or_nothing` while the write runs, the factors, and bystanders: temporaries of
                   their tokens, and of one layer their keys twice in float32 and their products three times in float64
+    coordinates   of values, d x d, in float64 on a CPU and float32 elsewhere; while they are made, four such in float64
     base          the edited weights as they were, for `revert`: in host memory, from the first edit on
-The first four are held while values are optimised, the next afterwards: the larger of the two is the peak, beside the base. Written for
-the layers that `block` runs on the CPU; the library's keep about twice the activations. `bench.memory_model` compares it with what was
-used, without bystanders. These are as many as a recipe says: a first edit has fewer where its texts are few (48 names for each), one
-after others up to two thirds more.
+The first four are held while values are optimised, the next afterwards: the larger of the two is the peak, beside coordinates and base.
+Written for the layers that `block` runs on the CPU; the library's keep about twice the activations. `bench.memory_model` compares it
+with what was used, without bystanders. These are as many as a recipe says: a first edit has fewer where its texts are few (48 names for
+each), one after others up to two thirds more.
 
 Time: a layer that T tokens pass takes its parameters x s(T), s being the seconds a parameter of a product of T rows, measured on the
-device; backward takes as much again. Attention, norms, Adam, the solves of bystanders, verification and the writing of rewordings are left
-out.
+device; backward takes as much again. Attention, norms, Adam, the solves of bystanders, coordinates, verification and the writing of
+rewordings are left out.
 """
 
 from __future__ import annotations
@@ -151,11 +152,14 @@ def memory(shapes: Shapes, work: Work, recipe: Recipe, device: str | torch.devic
     others = bystander_nodes(recipe)
     weights = base + len(recipe.layers) * 4 * work.columns * (s.d + s.d_in)
     weights += others * (2 * s.d_in * s.element + 16 * s.d + 8 * s.d_in + 24 * others)
+    host = torch.device(device).type == "cpu"
+    coordinates, making = ((8 if host else 4) * s.d**2, 4 * 8 * s.d**2) if recipe.fisher else (0, 0)
     return {
         **step,
         "weights": weights,
+        "coordinates": coordinates,
         "base": base,
-        "total": max(sum(step.values()), weights) + base * (torch.device(device).type == "cpu"),
+        "total": max(max(sum(step.values()), weights) + coordinates, making) + base * host,
     }
 
 

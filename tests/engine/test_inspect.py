@@ -13,6 +13,7 @@ from rose_engine.bystanders import bystander_rows
 from rose_engine.cli import app
 from rose_engine.edits import group_by_subject
 from rose_engine.estimate import BYSTANDER, memory, seconds, shapes_of, typical_work, work_of
+from rose_engine.fisher import coordinates
 from rose_engine.forward import pack, prepare, suffix_step
 from rose_engine.inspect import inspect
 from rose_engine.optimize import subject_rows
@@ -95,8 +96,10 @@ def test_average_texts_are_near_real_ones(tokenizer, make_model):
     real, average, shapes = work_of(plans), typical_work(3, 2, 8), shapes_of(decoder)
     recipe = type(ROSE)(layers=(1, 2))
     assert memory(shapes, average, recipe)["total"] == pytest.approx(memory(shapes, real, recipe)["total"], rel=0.5)
-    on_gpu = memory(shapes, real, recipe, "cuda")  # `revert` keeps its copies with the host
-    assert on_gpu["total"] == memory(shapes, real, recipe)["total"] - on_gpu["base"] > 0
+    on_gpu = memory(shapes, real, recipe, "cuda")  # `revert` keeps its copies with the host, and coordinates are float32
+    on_cpu = memory(shapes, real, recipe)
+    assert on_gpu["total"] == on_cpu["total"] - on_gpu["base"] - on_gpu["coordinates"] > 0
+    assert on_cpu["coordinates"] == 2 * on_gpu["coordinates"] == coordinates(torch.eye(shapes.d, dtype=torch.float64), 3.0).nbytes
     once = lambda work: sum(seconds(shapes, work, recipe, lambda tokens: tokens).values())  # noqa: E731
     assert once(average) == pytest.approx(once(real), rel=0.5)
 
