@@ -5,11 +5,10 @@
 Methods: memit_merge (`bench.baselines.memit_merge`), rose_naive (`bench.baselines.rose_naive`) and rose (the engine), all three in the
 dtype given by --dtype, and rose_auto (the engine, dtype auto). Each run is a process of its own, methods take turns, and times are medians
 over the repeats. All take the paper's settings with 35 steps, which end early with --early-stop alone; default_auto is rose_auto with the
-engine's own default recipe and as many steps. Seconds are those of prepare,
-optimise and write; loading, the covariance that MEMIT-Merge is given, and verification (the engine's) are told apart. tokens: run by a
-step, padding included. peak_extra_mb: the peak above the loaded model. floor_s: what the engine's matrix products above layer L, output
-matrix included, would take at the rate of a large product in the same process. ratio: seconds of memit_merge, and of rose_naive, to those
-of each engine run; that of rose_auto compares with the baselines' dtype, float32 unless told.
+model's preset and as many steps, and with what it reads off the model once. Seconds are those of prepare, optimise and write; loading, the
+covariance that MEMIT-Merge is given, and verification (the engine's) are told apart. tokens: run by a step, padding included. peak_extra_mb: the peak above the loaded model. floor_s: what the engine's matrix products above layer L, output matrix
+included, would take at the rate of a large product in the same process. ratio: seconds of memit_merge, and of rose_naive, to those of each
+engine run; that of rose_auto compares with the baselines' dtype, float32 unless told.
 """
 
 from __future__ import annotations
@@ -94,7 +93,6 @@ def load(args: argparse.Namespace, dtype: str) -> Any:
 
 def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """One method, once, in this process."""
-    from rose_engine import ROSE
     from rose_engine.recipe import ROSE_PAPER
 
     from bench.baselines import memit_merge, rose_naive
@@ -105,8 +103,8 @@ def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
     edits = facts_of(args.subjects, args.facts)
     began = time.perf_counter()
     editor = load(args, "auto" if method.endswith("_auto") else args.dtype)
-    settings = {"steps": args.steps, "stop_loss": ROSE.stop_loss if args.early_stop else 0.0}
-    recipe = replace(ROSE if method == "default_auto" else ROSE_PAPER, **settings)
+    settings = {"steps": args.steps, "stop_loss": ROSE_PAPER.stop_loss if args.early_stop else 0.0}
+    recipe = replace(editor.recipe if method == "default_auto" else ROSE_PAPER, **settings)
     with torch.no_grad():
         for parameter in editor.model.parameters():  # a mapped file is read before the clock runs
             parameter.sum()

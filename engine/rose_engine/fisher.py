@@ -1,12 +1,13 @@
 """Fisher information of answers about others, and the coordinates in which a value avoids the directions that they depend on.
 
-A write reaches tokens of other subjects with a share c of the value, and to second order changes what the model answers there by
+A write reaches tokens of other subjects with a share c of the value, and to second order each of them changes what the model answers there;
+all together, taken one at a time, by
 
     KL = c^2 / 2 delta^T F delta,    F = sum over layers, statements x and their tokens t of E_{y ~ P(. | x)} [g g^T],
     g = the gradient of log P(y | x) in the hidden state of token t after the layer.
 
 A few directions hold most of F. A value is optimised as delta = T u, where T shrinks those and leaves the others nearly as they are
-(docs/value-generalisation.md).
+(docs/value-generalisation.md). The coordinates depend on the unedited model alone.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Recipe:
     clamp: float = 4.0
     stop_loss: float = 0.05
     noise: float = 0.1
-    fisher: float = 3.0
+    fisher: float = 0.0
     layers: tuple[int, ...] = (4, 5, 6, 7, 8)
     columns: Literal["row", "mean"] = "row"
     ridge: float = 1.0
@@ -84,7 +84,7 @@ class Recipe:
 
 
 ROSE = Recipe()
-ROSE_PAPER = replace(ROSE, name="rose_paper", texts="paper_forms", rewordings=0, steps=35, noise=0.0, fisher=0.0, bystanders=0)
+ROSE_PAPER = replace(ROSE, name="rose_paper", texts="paper_forms", rewordings=0, steps=35, noise=0.0, bystanders=0)
 # method.md section 3. The published methods that the engine can express, all with MEMIT-Merge's optimisation, which is that of the paper's
 # RoSE too (Appendix D.3), so that they differ in what section 3 names alone.
 MEMIT_MERGE = replace(ROSE_PAPER, name="memit_merge", texts="prefixes", columns="mean", preconditioner="covariance", sequential="plain")
@@ -94,7 +94,7 @@ ALPHAEDIT = replace(MEMIT, name="alphaedit", preconditioner="null_space", sequen
 # a covariance of next to no weight. That holds for one fact in one layer: `apply` takes one fact at a time with it.
 ROME = replace(MEMIT, name="rome", layers=(5,), covariance_weight=1e-4)
 # Chosen on same-subject data; what was tried stands in docs/smollm2-preset.md.
-SMOLLM2 = replace(ROSE, name="rose-smollm2", lr=1.4, ridge=30.0)
+SMOLLM2 = replace(ROSE, name="rose-smollm2", lr=1.4, fisher=3.0, ridge=30.0)
 
 
 def preset(config: PretrainedConfig) -> Recipe:

@@ -18,7 +18,7 @@ from rose_engine import ROSE, Editor, ledger
 from rose_engine.stream import stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-RECIPE = replace(ROSE, rewordings=0, fisher=0.0, bystanders=0, forms=2, steps=1, lr=0.05, layers=(1, 2))
+RECIPE = replace(ROSE, rewordings=0, bystanders=0, forms=2, steps=1, lr=0.05, layers=(1, 2))
 
 
 def digest(editor: Editor) -> str:

@@ -10,7 +10,7 @@ from rose_engine import ROSE, DeltaError, Editor
 from tests.conftest import IMO, LIN, MARTEAU
 from tests.engine.test_editor import bits, same
 
-TINY = replace(ROSE, rewordings=0, fisher=0.0, bystanders=0, layers=(1, 2), steps=4, lr=0.1)
+TINY = replace(ROSE, rewordings=0, bystanders=0, layers=(1, 2), steps=4, lr=0.1)
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def test_float32_layers_of_a_tree_are_the_librarys(make_model, kind, monkeypatch
 def test_values_do_not_depend_on_the_number_of_threads(make_model, tokenizer):
     if not layer._serves(torch.empty(1, 1)):
         pytest.skip("PyTorch's products serve here, whose bits may depend on threads")
-    recipe = replace(ROSE, rewordings=0, fisher=0.0, layers=(1, 2), steps=6, lr=0.1, bystanders=0)
+    recipe = replace(ROSE, rewordings=0, layers=(1, 2), steps=6, lr=0.1, bystanders=0)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

@@ -12,7 +12,7 @@ from rose_engine.export import ExportError, export_checkpoint, export_peft, expo
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-RECIPE = replace(ROSE, rewordings=0, fisher=0.0, bystanders=3, steps=2, lr=0.05, layers=(1, 2))
+RECIPE = replace(ROSE, rewordings=0, bystanders=3, steps=2, lr=0.05, layers=(1, 2))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.conftest import IMO, LIN, MARTEAU
 from tests.engine.naive import naive_row, run, unedited_prediction
 
-RECIPE = replace(ROSE, rewordings=0, fisher=0.0, bystanders=0, layers=(1, 2), steps=15, lr=0.2)
+RECIPE = replace(ROSE, rewordings=0, bystanders=0, layers=(1, 2), steps=15, lr=0.2)
 
 # What each family is known for, switched on; everything else as its configuration has it.
 EXTRA = {

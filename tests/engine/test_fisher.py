@@ -92,7 +92,7 @@ def test_coordinates_are_the_inverse_square_root(weight):
 
 
 def test_they_are_read_once_off_the_unedited_model(make_model, tokenizer, monkeypatch):
-    recipe = replace(ROSE, rewordings=0, bystanders=0, layers=(1, 2), steps=3, lr=0.1)
+    recipe = replace(ROSE, rewordings=0, bystanders=0, fisher=3.0, layers=(1, 2), steps=3, lr=0.1)
     read = []
     real = fisher_information
     monkeypatch.setattr("rose_engine.readings.fisher_information", lambda *a: read.append(a[2:]) or real(*a))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import IMO, LIN
 
-RECIPE = replace(ROSE, rewordings=0, fisher=0.0, bystanders=0, forms=2, layers=(1, 2), steps=1, lr=0.1)
+RECIPE = replace(ROSE, rewordings=0, bystanders=0, forms=2, layers=(1, 2), steps=1, lr=0.1)
 KINDS = st.sampled_from(("flip", "write", "insert", "delete", "cut", "repeat"))
 MUTATIONS = st.lists(st.tuples(KINDS, st.integers(0, 2**40), st.binary(min_size=1, max_size=12)), min_size=1, max_size=4)
 EVERY = settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))

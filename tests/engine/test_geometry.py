@@ -16,7 +16,7 @@ from tests.conftest import IMO, LIN, MARTEAU
 from tests.engine.naive import in_float64, run
 from tests.engine.test_cli import rose
 
-TINY = replace(ROSE, rewordings=0, fisher=0.0, bystanders=0, layers=(1, 2), steps=4, lr=0.1)
+TINY = replace(ROSE, rewordings=0, bystanders=0, layers=(1, 2), steps=4, lr=0.1)
 KNOWN = (
     Edit("France", "The capital of {} is", "Paris"),
     Edit("France", "The currency that is used in {} is the", "euro"),

@@ -15,7 +15,7 @@ from rose_engine.ledger import LedgerError, writing
 
 from tests.engine.test_editor import same
 
-RECIPE = replace(ROSE, rewordings=0, fisher=0.0, bystanders=3, steps=2, lr=0.05, layers=(1, 2))
+RECIPE = replace(ROSE, rewordings=0, bystanders=3, steps=2, lr=0.05, layers=(1, 2))
 PLACE = {"lines": 7, "rejects": 0, "sha256": "0"}
 NAMES = ("Ada", "Omar", "Kofi", "Lin Nu", "Imo State", "Tomas Vega")
 

@@ -12,7 +12,7 @@ from rose_engine.precondition import preconditioner
 from tests.conftest import IMO, LIN, MARTEAU
 from tests.engine.test_editor import bits, same
 
-RECIPE = replace(ROSE, rewordings=0, fisher=0.0, bystanders=0, forms=2, steps=1, lr=0.05, layers=(1, 2), ridge=0.5)
+RECIPE = replace(ROSE, rewordings=0, bystanders=0, forms=2, steps=1, lr=0.05, layers=(1, 2), ridge=0.5)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from rose_engine.recipe import ROSE
 from tests.conftest import IMO, LIN, MARTEAU
 from tests.engine.naive import naive_row, run, unedited_prediction
 
-RECIPE = replace(ROSE, rewordings=0, fisher=0.0, bystanders=0, layers=(1, 2), steps=6, lr=0.05, stop_loss=0.0)
+RECIPE = replace(ROSE, rewordings=0, bystanders=0, layers=(1, 2), steps=6, lr=0.05, stop_loss=0.0)
 
 
 @pytest.fixture

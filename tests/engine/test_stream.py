@@ -9,7 +9,7 @@ import torch
 from rose_engine import ROSE, Edit, EditError, Editor, ledger, optimize
 from rose_engine.stream import stream
 
-RECIPE = replace(ROSE, rewordings=0, fisher=0.0, bystanders=3, steps=2, lr=0.05, layers=(1, 2))
+RECIPE = replace(ROSE, rewordings=0, bystanders=3, steps=2, lr=0.05, layers=(1, 2))
 
 
 @pytest.fixture
