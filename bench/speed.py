@@ -5,11 +5,11 @@
 Methods: memit_merge (`bench.baselines.memit_merge`), rose_naive (`bench.baselines.rose_naive`) and rose (the engine), all three in the
 dtype given by --dtype, and rose_auto (the engine, dtype auto). Each run is a process of its own, methods take turns, and times are medians
 over the repeats. All take the paper's settings with 35 steps, which end early with --early-stop alone; default_auto is rose_auto with the
-model's preset and as many steps, and with what it reads off the model once. Seconds are those of prepare, optimise and write; loading, the
-covariance that MEMIT-Merge is given, and verification (the engine's) are told apart. tokens: run by a step, padding included. peak_extra_mb:
-the peak above the loaded model. floor_s: what the engine's matrix products above layer L, output matrix included, would take at the rate of
-a large product in the same process. ratio: seconds of memit_merge, and of rose_naive, to those of each engine run; that of rose_auto compares
-with the baselines' dtype, float32 unless told.
+model's preset and as many steps, and with what it reads off the model once. Seconds are those of prepare, optimise and write; loading,
+the covariance that MEMIT-Merge is given, and verification (the engine's) are told apart. tokens: run by a step, padding included.
+peak_extra_mb: the peak above the loaded model. floor_s: what the engine's matrix products above layer L, output matrix included, would
+take at the rate of a large product in the same process. ratio: seconds of memit_merge, and of rose_naive, to those of each engine run;
+that of rose_auto compares with the baselines' dtype, float32 unless told.
 """
 
 from __future__ import annotations
