@@ -5,8 +5,9 @@
 Methods: memit_merge (`bench.baselines.memit_merge`), rose_naive (`bench.baselines.rose_naive`) and rose (the engine), all three in the
 dtype given by --dtype, and rose_auto (the engine, dtype auto). Each run is a process of its own, methods take turns, and times are medians
 over the repeats. All take the paper's settings with 35 steps, which end early with --early-stop alone; default_auto is rose_auto with the
-model's preset and as many steps, and with what it reads off the model once. Seconds are those of prepare, optimise and write; loading,
-the covariance that MEMIT-Merge is given, and verification (the engine's) are told apart. tokens: run by a step, padding included.
+model's preset and as many steps. Seconds are those of prepare, optimise and write; loading, verification (the engine's) and what is read
+off a model once, before its first edit, are told apart: the covariance that MEMIT-Merge is given, the coordinates of default_auto. tokens:
+run by a step, padding included.
 peak_extra_mb: the peak above the loaded model. floor_s: what the engine's matrix products above layer L, output matrix included, would
 take at the rate of a large product in the same process. ratio: seconds of memit_merge, and of rose_naive, to those of each engine run;
 that of rose_auto compares with the baselines' dtype, float32 unless told.
@@ -117,6 +118,10 @@ def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
         C = memit_merge.covariance(editor.model, editor.tokenizer, texts, recipe.layers)
         seconds["covariance"] = time.perf_counter() - began
     memory = Memory(args.device != "cpu")
+    if recipe.fisher:
+        began = time.perf_counter()
+        editor.prepare(recipe)
+        seconds["coordinates"] = time.perf_counter() - began
     if method in ENGINE:
         result = editor.apply(edits, recipe=recipe)
         out = {"loss": fmean(result.loss), "steps": sum(result.steps), "seconds": result.seconds}
