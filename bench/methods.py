@@ -37,7 +37,7 @@ class Method:
     def seeded(self) -> bool:
         """Whether another seed gives another result."""
         r = self.recipe
-        return self.random or bool(r and (r.texts == "prefixes" or r.preconditioner != "identity" or r.noise))
+        return self.random or bool(r and (r.texts == "prefixes" or r.preconditioner != "identity" or r.noise or r.fisher))
 
 
 def known(editor: Editor) -> dict[str, Method]:

@@ -8,7 +8,8 @@ process has found; max_rel_diff_backends, with --backends: between one process a
 (ROSE_BACKEND=reference), which is what another order of sums comes to.
 seconds: of `apply` on the ranks, after an edit before the clock;
 seconds_one_process: on rank 0, the others idle, with as many threads as all ranks have together. bytes_exchanged: what one rank gave to
-collectives during the edit; bytes_write: where the values are given; bytes_base: before, once for a model, to name the base's weights.
+collectives during the edit; bytes_write: where the values are given; bytes_base: before, once for a model, to name the
+base's weights and to read the coordinates of values where the recipe has them.
 Subjects are made up, the base is float32.
 """
 

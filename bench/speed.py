@@ -117,11 +117,11 @@ def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
         texts = [editor.complete(opening, max_new_tokens=60) for opening in OPENINGS]
         C = memit_merge.covariance(editor.model, editor.tokenizer, texts, recipe.layers)
         seconds["covariance"] = time.perf_counter() - began
-    memory = Memory(args.device != "cpu")
     if recipe.fisher:
         began = time.perf_counter()
         editor.prepare(recipe)
         seconds["coordinates"] = time.perf_counter() - began
+    memory = Memory(args.device != "cpu")
     if method in ENGINE:
         result = editor.apply(edits, recipe=recipe)
         out = {"loss": fmean(result.loss), "steps": sum(result.steps), "seconds": result.seconds}

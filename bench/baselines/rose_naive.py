@@ -20,7 +20,7 @@ from bench.baselines.plain import Objective, TextRow, optimise, read
 
 
 def edit(model, tokenizer, edits: Sequence, recipe: Recipe) -> Edited:
-    """Write edits into the model in place. Bystanders, rewordings, noise and `columns="mean"` are not part of it."""
+    """Write edits into the model in place. Bystanders, rewordings, noise, Fisher coordinates and `columns="mean"` are not part of it."""
     clock = time.perf_counter
     began = clock()
     last, forms = recipe.last_layer, forms_of(tokenizer, recipe)

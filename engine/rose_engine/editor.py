@@ -174,7 +174,8 @@ class Editor:
         subjects = group(with_earlier(before_these, edits) if joint else edits)
         names = [subject.name for subject in subjects]
         clock = _Clock()
-        recipe = self.prepare(recipe)
+        recipe = self._complete(recipe)
+        coordinates = self._readings.coordinates(recipe) if values is None else None
         known = [edit for subject in subjects for edit in subject.edits]
         told = self.reword(known, count=recipe.rewordings) if recipe.rewordings else known
         plans = [subject_rows(self.decoder, self.tokenizer, subject, recipe) for subject in group(told)]
@@ -183,7 +184,6 @@ class Editor:
         clock("verify")
         rows = [row for plan in plans for row in plan.facts]
         if values is None:
-            coordinates = self._readings.coordinates(recipe)
             values = optimize_spread(self.decoder, plans, recipe, self._group, progress, clock, coordinates)
         elif (len(values.delta), len(values.wanted)) != (len(subjects), len(rows)):
             raise ValueError(
@@ -393,7 +393,12 @@ class Editor:
 
         Returns the recipe with its prefixes. ValueError or OSError where its corpus does not serve.
         """
-        recipe = recipe or self.recipe
+        recipe = self._complete(recipe or self.recipe)
+        self._readings.coordinates(recipe)
+        return recipe
+
+    def _complete(self, recipe: Recipe) -> Recipe:
+        """A recipe with its prefixes, of which everything but the coordinates of values has been read."""
         if recipe.preconditioner != "identity":
             self._need_whole("a second moment of the keys")
         self._base.keep(recipe.layers)

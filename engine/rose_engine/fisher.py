@@ -7,12 +7,13 @@ all together, taken one at a time, by
     g = the gradient of log P(y | x) in the hidden state of token t after the layer.
 
 A few directions hold most of F. A value is optimised as delta = T u, where T shrinks those and leaves the others nearly as they are
-(docs/value-generalisation.md). The coordinates depend on the unedited model alone.
+(docs/value-generalisation.md). They are read off the unedited model, once for a choice of layers, strength and seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,8 +25,16 @@ from rose_engine.packing import split_rows
 
 # Tokens that are run at one time.
 RUN_TOKENS = 256
-# T is rounded to multiples of it, so that its bits do not depend on the order of sums.
+# T is rounded to multiples of it, so that its bits hardly ever depend on the order of sums in float64.
 GRAIN = 2.0**-16
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """delta = T u: T [d, d], symmetric, and its largest singular value, by which the ball that u stays in is smaller than delta's."""
+
+    T: Tensor
+    longest: float
 
 
 def fisher_information(decoder: Decoder, texts: Sequence[Sequence[int]], layers: Sequence[int], seed: int = 0) -> Tensor:
@@ -47,11 +56,15 @@ def fisher_information(decoder: Decoder, texts: Sequence[Sequence[int]], layers:
 def coordinates(information: Tensor, weight: float) -> Tensor:
     """T = c (I + weight F d / tr F)^(-1/2) [d, d], symmetric, with c such that the mean square of its singular values is 1.
 
-    A direction in which F is average is shrunk by sqrt(1 + weight) beside one where it is 0. float64 on a CPU, where sums of rounded
-    numbers hardly ever depend on their order, float32 elsewhere.
+    A direction in which F is average is shrunk by sqrt(1 + weight) beside one where it is 0; where F is 0 altogether T is the identity.
+    float64 on a CPU, where sums of rounded numbers hardly ever depend on their order, float32 elsewhere. FloatingPointError where F is not
+    finite.
     """
+    if not torch.isfinite(information).all():
+        raise FloatingPointError("the gradients of answers about others are not finite; load the model in float32 or bfloat16")
     value, vector = torch.linalg.eigh(information)
-    scale = (1 + weight * value.clamp(min=0) / value.mean()).rsqrt()
+    value = value.clamp(min=0)
+    scale = (1 + weight * value / value.mean().clamp(min=torch.finfo(value.dtype).tiny)).rsqrt()
     scale /= scale.square().mean().sqrt()
     T = (vector * scale) @ vector.T
     T = ((T + T.T) / (2 * GRAIN)).round() * GRAIN

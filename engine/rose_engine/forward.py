@@ -279,6 +279,12 @@ def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
 
 
+def _answers(decoder: Decoder, logits: Tensor, generator: torch.Generator) -> Tensor:
+    """What is drawn; ranks that share weights take one rank's, for their logits may differ in the last bit."""
+    answers = drawn(logits, generator)
+    return answers if decoder.sharding is None else decoder.sharding.same(answers)
+
+
 def _library_gradients(batch: Batch, generator: torch.Generator) -> Iterator[Tensor]:
     s, decoder, layers = batch.suffixes, batch.prepared.decoder, batch.prepared.layers
     before = [batch.hidden.detach().requires_grad_()]
@@ -286,8 +292,9 @@ def _library_gradients(batch: Batch, generator: torch.Generator) -> Iterator[Ten
         for layer in layers:
             before.append(run_layers(decoder, before[-1], s.position, range(layer, layer + 1), batch.layout))
         top = before.pop()[s.predict]
-        nll = target_nll_of(decoder, top, drawn(logits(decoder, top), generator))
-        yield from (grad.float() for grad in reversed(torch.autograd.grad(nll.sum(), before)))
+        nll = target_nll_of(decoder, top, _answers(decoder, logits(decoder, top), generator))
+        grads = torch.autograd.grad(nll.sum(), before)
+    yield from (grad.float() for grad in reversed(grads))
 
 
 @torch.no_grad()
@@ -296,7 +303,7 @@ def _written_gradients(batch: Batch, generator: torch.Generator) -> Iterator[Ten
     top, kept = block.forward(p.blocks, batch.layout, batch.hidden, predict, p.space)
     scores = top.new_empty(len(top), len(p.decoder.head))
     products_(rms_norm(top, *block.norm_of(p.decoder.norm)), [p.decoder.head], [scores], turned=True)
-    _, _, grad = _read_out(p.decoder, top, drawn(scores, generator), torch.ones(len(top)), batch.reference, p.space)
+    _, _, grad = _read_out(p.decoder, top, _answers(p.decoder, scores, generator), torch.ones(len(top)), batch.reference, p.space)
     yield from block.gradients(p.blocks, batch.layout, kept, grad)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rose_engine.architecture import Decoder
 from rose_engine.edits import Subject
+from rose_engine.fisher import Coordinates
 from rose_engine.forms import Form, Row, forms_for, prefix_forms, regulariser_row, row_of
 from rose_engine.forward import pack, prepare, suffix_step
 from rose_engine.packing import inputs, split_rows
@@ -122,13 +123,14 @@ def optimize_values(
     progress: Progress | None = None,
     clock: Clock = lambda stage: None,
     *,
-    coordinates: Tensor | None = None,
+    coordinates: Coordinates | None = None,
     batch_tokens: int = BATCH_TOKENS,
     step_tokens: int = STEP_TOKENS,
 ) -> Values:
     """Optimise one delta for each subject, as many subjects at a time as `batch_tokens` suffix tokens hold.
 
-    coordinates: T [d, d] symmetric, in which Adam steps: delta = T u (`fisher`); None is the identity. Diverged where a loss is not finite.
+    coordinates: in which Adam steps, delta = T u (`fisher`); None is the identity. In them weight decay and clamp are those of u, and the
+    clamp is so much smaller that delta stays within its own. Diverged where a loss is not finite.
     """
     parts, done = [], 0
     for members in batches_of(subjects, batch_tokens):
@@ -162,7 +164,7 @@ def _optimize_batch(
     recipe: Recipe,
     progress: Callable[[int, float], None] | None,
     clock: Clock,
-    coordinates: Tensor | None,
+    coordinates: Coordinates | None,
     step_tokens: int,
 ) -> Values:
     rows = [row for subject in subjects for row in subject.facts]
@@ -179,8 +181,7 @@ def _optimize_batch(
     wanted = prepared.hidden[prepared.last[:facts]].float()
     v0 = wanted[relation_offset[subject_offset[:-1]]]
     v0_norm = v0.norm(dim=-1)
-    turned = (lambda x: x) if coordinates is None else (lambda x: (x.to(coordinates.dtype) @ coordinates).float())
-    longest = 1.0 if coordinates is None else float(torch.linalg.matrix_norm(coordinates, 2))
+    longest = 1.0 if coordinates is None else coordinates.longest
     u, exp_avg, exp_avg_sq = (torch.zeros_like(v0) for _ in range(3))
     delta = u
     steps = torch.zeros(count, dtype=torch.int32, device=v0.device)
@@ -211,7 +212,7 @@ def _optimize_batch(
             break
         if first_centroids is None:
             first_centroids = segment_mean(row_grad[:facts], relation_offset)
-        grad = turned(row_grad)
+        grad = _scaled(row_grad, coordinates)
         aggregate_step_(
             grad[:facts],
             relation_offset,
@@ -227,6 +228,11 @@ def _optimize_batch(
             weight_decay=recipe.weight_decay,
             clamp=recipe.clamp / longest,
         )
-        delta = turned(u)
+        delta = _scaled(u, coordinates)
     clock("optimise")
     return Values(delta, v0, wanted, loss, steps, first_centroids)
+
+
+def _scaled(x: Tensor, coordinates: Coordinates | None) -> Tensor:
+    """x T [n, d]: what stands in one system in the other, a gradient or a value."""
+    return x if coordinates is None else (x.to(coordinates.T.dtype) @ coordinates.T).float()

@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import PreTrainedModel
 
 from rose_engine.architecture import Decoder
+from rose_engine.fisher import Coordinates
 from rose_engine.optimize import BATCH_TOKENS, Clock, Diverged, Progress, SubjectRows, Values, batches_of, optimize_values
 from rose_engine.recipe import Recipe
 
@@ -95,7 +96,7 @@ def optimize_spread(
     group: dist.ProcessGroup | None,
     progress: Progress | None,
     clock: Clock,
-    coordinates: Tensor | None = None,
+    coordinates: Coordinates | None = None,
 ) -> Values:
     """`optimize_values` with the batches of subjects spread over the ranks of a group, and the same values on all of them.
 

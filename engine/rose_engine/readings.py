@@ -1,6 +1,6 @@
 """What recipes read off the unedited model, once: rewordings, the coordinates of values, sampled prefixes, and second moments.
 
-The default recipe needs the first two; MEMIT's and AlphaEdit's need the others.
+The default recipe needs the first, the embedded model's preset the first two; MEMIT's and AlphaEdit's need the others.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, broadcast
 
 from rose_engine.architecture import Decoder
 from rose_engine.bystanders import STATEMENTS
-from rose_engine.fisher import coordinates, fisher_information
+from rose_engine.fisher import Coordinates, coordinates, fisher_information
 from rose_engine.moments import MODEL, moments
 from rose_engine.parallel import of_the_first
 from rose_engine.precondition import Base, covariance, identity, moment_factor, moment_null_space, null_space
 from rose_engine.recipe import Recipe
 from rose_engine.rewording import written
-from rose_engine.sample import sample_prefixes
+from rose_engine.sample import beginning, sample_prefixes
 
 # Prompts whose rewordings are kept at one time.
 PROMPTS = 4096
@@ -39,7 +40,7 @@ class Readings:
         self._prefixes: dict[int, tuple[str, ...]] = {}
         self._parts: dict[tuple[Any, ...], Tensor] = {}
         self._bases: dict[tuple[Any, ...], Base] = {}
-        self._coordinates: dict[tuple[Any, ...], Tensor] = {}
+        self._coordinates: dict[tuple[Any, ...], Coordinates] = {}
 
     def rewordings(self, name: str, prompts: Sequence[str]) -> list[list[str]]:
         """What the model writes for prompts with a name in their place (`rewording.written`)."""
@@ -56,7 +57,7 @@ class Readings:
         return [self._written[name, prompt] for prompt in prompts]
 
     def complete(self, recipe: Recipe) -> Recipe:
-        """Read what a recipe needs; returns it with its prefixes."""
+        """Read what a recipe needs beside coordinates; returns it with its prefixes."""
         if recipe.texts == "prefixes" and not recipe.prefixes:
             if recipe.seed not in self._prefixes:
                 with self._unedited():
@@ -64,19 +65,18 @@ class Readings:
             recipe = replace(recipe, prefixes=self._prefixes[recipe.seed])
         for layer in recipe.layers:
             self.base(recipe, self._decoder.weight_name(layer))
-        self.coordinates(recipe)
         return recipe
 
-    def coordinates(self, recipe: Recipe) -> Tensor | None:
-        """Those in which a recipe's values are optimised, T [d, d], or None (`fisher`)."""
+    def coordinates(self, recipe: Recipe) -> Coordinates | None:
+        """Those in which a recipe's values are optimised, or None (`fisher`)."""
         about = (recipe.fisher, recipe.layers, recipe.seed)
         if recipe.fisher and about not in self._coordinates:
-            texts = [self._tokenizer(text)["input_ids"] for text in STATEMENTS]
+            texts = [beginning(self._tokenizer, text) for text in STATEMENTS]
             with self._unedited():
                 found = coordinates(fisher_information(self._decoder, texts, recipe.layers, recipe.seed), recipe.fisher)
             for group in self._groups:
                 broadcast(found, group=group, group_src=0)
-            self._coordinates[about] = found
+            self._coordinates[about] = Coordinates(found, float(torch.linalg.matrix_norm(found, 2)))
         return self._coordinates.get(about)
 
     def base(self, recipe: Recipe, name: str) -> Base:

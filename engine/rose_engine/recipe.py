@@ -6,6 +6,7 @@ values hold in wordings that they have not seen (docs/value-generalisation.md).
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -22,8 +23,9 @@ class Recipe:
     writes for a prompt that brings none (`rewording`); 0 is none. steps, lr: Adam's. weight_decay (wd), kl: the
     regularisers' weights. clamp (c): the value stays within clamp * ||v0|| of v0. stop_loss: a subject leaves once the mean of its
     relations' losses is below; 0 keeps it to the last step. noise: at every step each row's delta is disturbed by this share of its length
-    in a Gaussian direction of its own, drawn with `seed`, so that what is found stays good around itself; 0 is none. fisher: how much less
-    a value goes in directions on which the model's answers about others depend (`fisher`); 0 is no less.
+    in a Gaussian direction of its own, drawn with `seed`, so that what is found stays good around itself; 0 is none. fisher: a direction
+    on which the model's answers about others depend as on the average one is shrunk by sqrt(1 + fisher) beside one of which they are
+    independent (`fisher`; the answers are drawn with `seed`); 0 shrinks none.
     layers: the edited layers; the last is L. columns: "row" writes one key for each fact in a form, "mean" one for a value.
     preconditioner: C is the "identity" times ridge (eq. 10), the "covariance" covariance_weight * E[k k^T] (ridge cancels), or the
     "null_space" below null_threshold of E[k k^T] is kept, with ridge. corpus: what E is taken over, `corpus_tokens` tokens of it: "model"
@@ -72,6 +74,8 @@ class Recipe:
         for name in ("weight_decay", "kl", "stop_loss", "noise", "fisher", "bystanders", "rewordings"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, given {getattr(self, name)}")
+        if self.fisher == math.inf:
+            raise ValueError("fisher must be finite, given inf")
 
     @property
     def last_layer(self) -> int:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from rose_engine.architecture import decoder_of
 from rose_engine.edits import Edit, group_by_subject
+from rose_engine.fisher import Coordinates
 from rose_engine.optimize import Diverged, optimize_values, subject_rows
 from rose_engine.recipe import ROSE
 
@@ -45,8 +46,8 @@ def test_values_equal_a_plain_loop(setting, noise, turned, clamp):
     model, decoder, subjects = setting
     recipe = replace(RECIPE, noise=noise, seed=7, clamp=clamp)
     T = some_coordinates(32) if turned else torch.eye(32, dtype=torch.float64)
-    values = optimize_values(decoder, subjects, recipe, coordinates=T if turned else None)
     longest = float(torch.linalg.eigvalsh(T)[-1])
+    values = optimize_values(decoder, subjects, recipe, coordinates=Coordinates(T, longest) if turned else None)
     T = T.float()
     for s, subject in enumerate(subjects):
         generator, d = torch.Generator().manual_seed(7), values.delta.shape[1]
