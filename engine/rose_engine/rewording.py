@@ -5,7 +5,8 @@ model reads pairs of sentence beginnings that mean the same, then the prompt wit
 to it is read off. Two kinds are told apart: such as say the relation before the subject, and such as begin with the subject; after the
 second kind the model must go on much as after the prompt, by the Jensen-Shannon divergence of the next token. The best of a kind is what
 the model writes beside the prompt and beside which it would write the prompt: the product of both probabilities, of which the second is
-low for what says less.
+low for what says less. Before the best of the second kind stands the prompt without the words that tell the kind of its target, for other
+wordings seldom tell it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ EXAMPLES = (
 # Words that alone say nothing of a relation.
 FUNCTION_WORDS = {"a", "an", "the", "is", "are", "was", "were", "has", "had", "of", "in", "by", "on", "at", "to", "that", "which", "who"}
 NAMED = re.compile(rf"(?<!\w){re.escape(SLOT)}(?!\w)")
+TOLD_KIND = re.compile(r" the \w+(?: of)?$")  # as in "{} died in the city of"
 LEAST = 0.01  # probability of a line, among those that begin with "The" or those that begin with the subject
 READ_BACK = 8  # candidates of each kind that are read back
 TOKENS = 14  # of a rewording, at most
@@ -91,8 +93,9 @@ def reworded(
 
 @torch.no_grad()
 def written(decoder: Decoder, tokenizer: Any, name: str, prompts: Sequence[str]) -> list[list[str]]:
-    """All that the model finds for each prompt with a name in it: in turn one that says the relation first and one that begins with the
-    name, the best of each first. Nothing where the examples with this name, and the prompt, are longer than the model takes."""
+    """All that is found for each prompt with a name in it: in turn one that says the relation first and one that begins with the name,
+    the best of each first, of the latter the prompt shortened before any. Nothing where the examples with this name, and the prompt, are
+    longer than the model takes."""
     head = "".join(f"{_named(given, name)} = {_named(other, name)}\n" for given, other in EXAMPLES)
     room = decoder.max_length - TOKENS - len(tokenizer(head)["input_ids"])
     found: dict[str, list[str]] = {prompt: [] for prompt in prompts}
@@ -113,7 +116,15 @@ def _best_first(decoder: Decoder, tokenizer: Any, head: str, name: str, prompts:
     both: dict[str, list[tuple[float, str]]] = {prompt: [] for prompt in prompts}
     for (prompt, text), again in zip(asked, back, strict=True):
         both[prompt].append((math.log(there[prompt][text]) + again, text))
-    return {prompt: _in_turn([text for _, text in sorted(some, reverse=True)]) for prompt, some in both.items()}
+    return {prompt: _in_turn([*shortened(prompt), *(text for _, text in sorted(some, reverse=True))]) for prompt, some in both.items()}
+
+
+def shortened(prompt: str) -> list[str]:
+    """A prompt that begins with the subject, without the words at its end that tell the kind of its target: "{} died in the city of"
+    becomes "{} died in". Nothing where it has none, or no word with a meaning would be left."""
+    short = TOLD_KIND.sub("", prompt)
+    says = set(re.findall(r"\w+", short.lower())) - FUNCTION_WORDS
+    return [short] if prompt.startswith(SLOT) and short != prompt and says else []
 
 
 def _in_turn(texts: Sequence[str]) -> list[str]:

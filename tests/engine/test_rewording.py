@@ -10,7 +10,7 @@ import torch
 from rose_engine import Edit, Editor, rewording
 from rose_engine.architecture import decoder_of
 from rose_engine.delta import Delta, DeltaError
-from rose_engine.rewording import candidates_of, divergence, reworded
+from rose_engine.rewording import candidates_of, divergence, reworded, shortened
 from rose_engine.sample import _rest_of_line, chances_of_lines, likely_lines
 
 from tests.engine.test_cli import rose
@@ -106,6 +106,20 @@ def test_what_may_be_a_prompt():
     assert candidates_of("The town of {} is", lines) == ["The seat of {} is", "{} has its seat in", "{}'s seat is"]
 
 
+def test_a_prompt_without_what_tells_the_kind_of_its_target():
+    kept = (
+        "{} lives in",
+        "The city of {} is",
+        "{} is in the city of",
+        "{}, the author of",
+        "{} is a part of the",
+        "{} likes the city hall of",
+    )
+    assert [shortened(prompt) for prompt in kept] == [[]] * len(kept)
+    assert shortened("{} died in the city of") == ["{} died in"] and shortened("{} plays the instrument") == ["{} plays"]
+    assert shortened("{}, who follows the religion of") == ["{}, who follows"]
+
+
 def test_divergence_is_that_of_the_next_token(make_model, tokenizer):
     model = make_model(initializer_range=0.3)
     prompt, others, names = "{} lives in", ["The home of {} is", "{} lives in"], ["Lin Nu", "tea"]
@@ -170,6 +184,9 @@ def test_the_best_of_both_kinds_in_turn(make_model, tokenizer, asked_for, monkey
     assert editor.reword(edits[:1], count=9)[0].rewordings == WRITTEN and len(asked_for) == 1
     editor.reword([Edit("Lin Nu", prompt, "tea") for prompt in ("{} sells", "{} lives in", "{} sells", "{} buys")])
     assert len(asked_for) == 2 and [opening.partition(" =")[0] for opening in asked_for[1][::2]] == ["Lin Nu sells", "Lin Nu buys"]
+
+    (found,) = rewording.written(editor.decoder, tokenizer, "Lin Nu", ["{} lives in the town of"])  # shortened before what was written
+    assert found == [WRITTEN[0], "{} lives in", WRITTEN[2], WRITTEN[1], WRITTEN[3]]
 
     far = divergence(editor.decoder, tokenizer, "{} lives in", [WRITTEN[1], WRITTEN[3]], ["Lin Nu", rewording.OTHER_NAME]).tolist()
     monkeypatch.setattr(rewording, "FARTHEST", sum(far) / 2)
