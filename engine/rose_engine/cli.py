@@ -31,7 +31,7 @@ app.add_typer(ledger_commands.app)
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hugging Face id, local folder, or smollm2 (embedded).")]
 EditsOption = Annotated[str, typer.Option("--edits", "-e", help="JSONL, JSON or CSV file of edits; - reads standard input.")]
 RewordingsOption = Annotated[
-    int | None, typer.Option(min=0, help="Other statements that the model writes for a prompt; 0 is none. Default: the recipe's.")
+    int | None, typer.Option(min=0, help="Other statements that are found for a prompt; 0 is none. Default: the recipe's.")
 ]
 FormatOption = Annotated[str | None, typer.Option(help="jsonl, json or csv; default: by the file's name.")]
 DtypeOption = Annotated[

@@ -231,7 +231,7 @@ class Editor:
 
     def reword(self, edits: Iterable[Edit], *, count: int = 2, without: Iterable[str] = ()) -> list[Edit]:
         """The edits with up to `count` rewordings of each prompt: their own, those that an edit in the weights has for the same prompt, or
-        such as the unedited model writes (`rewording`). `apply` does so with its recipe's number.
+        such as are found with the unedited model (`rewording`). `apply` does so with its recipe's number.
 
         without: prompts that none may say, such as those that are kept for measuring.
         """

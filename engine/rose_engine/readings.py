@@ -43,7 +43,7 @@ class Readings:
         self._coordinates: dict[tuple[Any, ...], Coordinates] = {}
 
     def rewordings(self, name: str, prompts: Sequence[str]) -> list[list[str]]:
-        """What the model writes for prompts with a name in their place (`rewording.written`)."""
+        """What is found for prompts with a name in their place (`rewording.written`)."""
         new = [prompt for prompt in prompts if (name, prompt) not in self._written]
         if new:
             if len(self._written) >= PROMPTS:

@@ -19,8 +19,8 @@ class Recipe:
 
     grouping: one value for all facts of a "subject", or one for each "fact". texts: "forms" renders every fact in `forms` linguistic
     forms; "paper_forms" in such as name the subject before its relation; "prefixes" takes the prompt alone and after each of `prefixes`,
-    sentences that are sampled from the model with `seed` where none are given. rewordings: how many other statements the unedited model
-    writes for a prompt that brings none (`rewording`); 0 is none. steps, lr: Adam's. weight_decay (wd), kl: the
+    sentences that are sampled from the model with `seed` where none are given. rewordings: how many other statements are found
+    for a prompt that brings none (`rewording`); 0 is none. steps, lr: Adam's. weight_decay (wd), kl: the
     regularisers' weights. clamp (c): the value stays within clamp * ||v0|| of v0. stop_loss: a subject leaves once the mean of its
     relations' losses is below; 0 keeps it to the last step. noise: at every step each row's delta is disturbed by this share of its length
     in a Gaussian direction of its own, drawn with `seed`, so that what is found stays good around itself; 0 is none. fisher: a direction

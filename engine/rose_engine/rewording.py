@@ -1,4 +1,4 @@
-"""Rewordings: the prompts of edits in other words, written by the unedited model itself.
+"""Rewordings: the prompts of edits in other words, which the unedited model writes itself, or in fewer.
 
 A value that was optimised in the words of a prompt is not always found by others that mean the same (docs/value-generalisation.md). The
 model reads pairs of sentence beginnings that mean the same, then the prompt with its subject, and every line that it may well write next
