@@ -140,8 +140,11 @@ def reword(
     device: DeviceOption = "cpu",
 ) -> None:
     """Have the model say the prompts of edits in other words, to be looked over and edited with."""
+    from rose_engine.edits import EditError
     from rose_engine.files import replacing
 
+    if out.is_dir():  # said before minutes of work, not after
+        raise EditError("is a directory; name a file in it", str(out))
     facts = _facts(edits, format)
     reworded = load_editor(model, dtype, device).reword(facts, count=count)
     with replacing(out) as temporary:

@@ -88,6 +88,8 @@ def test_missing_files_exit_with_2(tmp_path):
     (tmp_path / "file").write_text("")
     done = rose("edit", "--edits", "-", "--out", tmp_path / "file", input=json.dumps(EDIT))
     assert done.returncode == 2 and "is not a directory" in done.stderr
+    done = rose("reword", "--edits", "-", "--out", tmp_path, input=json.dumps(EDIT))
+    assert done.returncode == 2 and "is a directory" in done.stderr
 
 
 def test_a_missing_embedded_model_names_the_command(monkeypatch, tmp_path):
