@@ -89,3 +89,12 @@ def test_speed_runs_every_method(make_model, tokenizer, tmp_path):
         assert result["tokens"][method] > 0 and result["peak_extra_mb"][method] >= 0
     assert result["final_loss"]["rose"] == pytest.approx(result["final_loss"]["rose_naive"], rel=1e-2)
     assert result["tokens"]["rose"] < result["tokens"]["rose_naive"]
+
+
+def test_speed_tells_what_is_read_off_a_model_once(tmp_path):
+    command = ["-m", "bench.speed", "--facts", "1", "--steps", "1", "--repeats", "1", "--methods", "default_auto", "--json", "-"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    split = result["split"]["default_auto"]
+    assert split["coordinates"] > 0 and result["default_auto_s"] == pytest.approx(sum(split[s] for s in ("prepare", "optimise", "write")))

@@ -197,6 +197,12 @@ def test_recipes_that_are_none_are_named(make_model, tokenizer, names, message):
         methods_of(names, Editor(make_model(), tokenizer, ROSE))
 
 
+def test_another_seed_is_another_result_where_something_is_drawn(make_model, tokenizer):
+    editor = Editor(make_model(), tokenizer, ROSE)
+    methods = methods_of("vanilla,rose[noise=0],rose[noise=0.1],rose[noise=0;fisher=3],memit,wise", editor)
+    assert [method.seeded for method in methods.values()] == [False, False, True, True, True, True]
+
+
 def test_methods_edit_the_layers_of_the_preset(make_model, tokenizer):
     """All of them; and what is published has neither bystanders nor rewordings."""
     editor = Editor(make_model(), tokenizer, replace(ROSE, layers=(1, 2, 4)))
