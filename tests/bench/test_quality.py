@@ -71,7 +71,7 @@ def test_no_rewording_says_what_the_evaluation_asks(path, make_model, tokenizer,
     monkeypatch.setattr(rewording, "FARTHEST", 1.0)
     editor, subject = Editor(make_model(), tokenizer, replace(ROSE, layers=(1, 2), steps=2)), load(path).subjects[0]
     (method,) = methods_of("rose", editor).values()
-    for without, told in ((paraphrases_of(subject), ["{} believes in"]), ((), ["The religion of {} is", "{} believes in"])):
+    for without, told in ((paraphrases_of(subject), ["{} follows", "{} believes in"]), ((), ["The religion of {} is", "{} follows"])):
         with edited(editor, method, [subject.edits], 0, without):
             (delta,) = editor.applied
             assert delta.metadata["edits"] == [replace(subject.edits[0], rewordings=told).as_dict()] and not delta.metadata["rewordings"]
