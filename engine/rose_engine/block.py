@@ -141,6 +141,10 @@ class Kept:
     rows: Tensor | None
 
 
+# Keys and values [M, KV, h] of the prefixes in one layer.
+Past = tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class Context:
     """What all layers of a batch share: cosine and sine [N, h] float32 of its tokens, its suffixes, and of each layer the keys and values
@@ -149,16 +153,14 @@ class Context:
     cosine: Tensor
     sine: Tensor
     layout: Layout
-    past: Sequence[tuple[Tensor, Tensor]]
+    past: Sequence[Past]
 
 
 def forward(blocks: Sequence[Block], context: Context, x: Tensor, outputs: Tensor, space: Workspace) -> tuple[Tensor, list[Kept]]:
     """Hidden states [T, d] float32 of the tokens `outputs` after all layers, from x [N, d] float32, and what backward needs."""
     kept = []
     for i, (block, past) in enumerate(zip(blocks, context.past, strict=True)):
-        rows = outputs if i == len(blocks) - 1 else None
-        attend = partial(_over_suffixes, past=past, layout=context.layout, scale=block.attention.scaling)
-        x, saved = _forward(block, context.cosine, context.sine, attend, x, rows, partial(space.take, i))
+        x, saved = layer_forward(block, context, past, x, partial(space.take, i), outputs if i == len(blocks) - 1 else None)
         kept.append(saved)
     return x, kept
 
@@ -169,7 +171,7 @@ def backward(blocks: Sequence[Block], context: Context, kept: Sequence[Kept], gr
     Overwrites grad and what was kept.
     """
     for i in reversed(range(len(blocks))):
-        grad = _backward(blocks[i], context, context.past[i], kept[i], grad, inputs if i == 0 else None)
+        grad = layer_backward(blocks[i], context, context.past[i], kept[i], grad, inputs if i == 0 else None)
     return grad
 
 
@@ -179,7 +181,7 @@ def gradients(blocks: Sequence[Block], context: Context, kept: Sequence[Kept], g
     grad [T, d]: that at the last layer's outputs. Overwrites it and what was kept.
     """
     for i in reversed(range(len(blocks))):
-        grad = _backward(blocks[i], context, context.past[i], kept[i], grad, None)
+        grad = layer_backward(blocks[i], context, context.past[i], kept[i], grad)
         yield grad
 
 
@@ -211,10 +213,34 @@ def _forward(
     return y, Kept(x, m, q, k, v, gate, up, rows)
 
 
-def _backward(block: Block, context: Context, past, kept: Kept, grad: Tensor, inputs: Tensor | None) -> Tensor:
+def layer_forward(
+    block: Block, context: Context, past: Past, x: Tensor, take: Callable[..., Tensor], outputs: Tensor | None = None
+) -> tuple[Tensor, Kept]:
+    """Hidden states [T, d] float32 of the tokens `outputs` (None: of all) after one layer, from x [N, d] float32, and what backward needs.
+
+    take(name, tokens, width): a buffer.
+    """
+    attend = partial(_over_suffixes, past=past, layout=context.layout, scale=block.attention.scaling)
+    return _forward(block, context.cosine, context.sine, attend, x, outputs, take)
+
+
+def key_of(kept: Kept) -> Tensor:
+    """What a layer's `down_proj` was given [T, d_in], of the weights' dtype; a rank's part of it."""
+    return swiglu(kept.gate, kept.up)
+
+
+def layer_backward(
+    block: Block, context: Context, past: Past, kept: Kept, grad: Tensor, inputs: Tensor | None = None, key: Tensor | None = None
+) -> Tensor:
+    """The gradient [B, d] float32 at the tokens `inputs` (None: at all) of a layer's x, from grad [T, d] at its outputs.
+
+    key [T, d_in]: a gradient in what `down_proj` was given, beside it. Overwrites grad and what was kept.
+    """
     a, mlp, N = block.attention, block.mlp, len(kept.q)
     dh = torch.empty_like(kept.gate)
     products_(grad, [local(mlp.down_proj.weight)], [dh], turned=False)
+    if key is not None:
+        dh += key
     swiglu_backward_(dh, kept.gate, kept.up)
     dn = _through((kept.gate, kept.up), (mlp.gate_proj, mlp.up_proj), block.mlp_over)
     rms_norm_backward_(grad, dn, kept.m, *norm_of(block.before_mlp))
@@ -236,7 +262,7 @@ def _backward(block: Block, context: Context, past, kept: Kept, grad: Tensor, in
     return rms_norm_backward_(grad, dn, x, *norm_of(block.before_attention))
 
 
-def _over_suffixes(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor], layout: Layout, scale: float) -> Tensor:
+def _over_suffixes(q: Tensor, k: Tensor, v: Tensor, past: Past, layout: Layout, scale: float) -> Tensor:
     return attention(q, k, v, *past, layout, scale).view(len(q), -1)
 
 

@@ -183,12 +183,17 @@ def pack(prepared: Prepared, index: Sequence[int]) -> Batch:
         layout = SuffixAttention(suffixes, p.prefix, p.place)
     else:
         hidden = hidden.float()
-        cosine, sine = (table[0].contiguous() for table in decoder.rotary(hidden[None], suffixes.position[None]))
-        places = Layout(suffixes.start, suffixes.length, p.place[suffixes.prefix], suffixes.prefix_length)
-        past = [(p.prefix.keys[layer], p.prefix.values[layer]) for layer in p.layers]
-        places.check(len(hidden), len(past[0][0]))
-        layout = block.Context(cosine, sine, places, past)
+        layout = context_of(decoder, suffixes, hidden, p.prefix, p.place, p.layers)
     return Batch(p, suffixes, hidden, torch.tensor(neutral, dtype=torch.long, device=hidden.device), reference, layout)
+
+
+def context_of(decoder: Decoder, suffixes: Suffixes, hidden: Tensor, prefix: TreeAttention, place: Tensor, layers: range) -> block.Context:
+    """What `block` needs to know of suffixes of N tokens with hidden states [N, d]; place [nodes]: where a node stands in `prefix`."""
+    cosine, sine = (table[0].contiguous() for table in decoder.rotary(hidden[None], suffixes.position[None]))
+    places = Layout(suffixes.start, suffixes.length, place[suffixes.prefix], suffixes.prefix_length)
+    past = [(prefix.keys[layer], prefix.values[layer]) for layer in layers]
+    places.check(len(hidden), len(past[0][0]))
+    return block.Context(cosine, sine, places, past)
 
 
 def logits(decoder: Decoder, hidden: Tensor) -> Tensor:

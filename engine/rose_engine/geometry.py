@@ -17,8 +17,8 @@ from torch import Tensor
 from rose_engine.architecture import Decoder
 from rose_engine.forms import Row
 from rose_engine.forward import Prepared, pack, prepare, run_tree, suffix_nll, tree_on
+from rose_engine.keys import reading
 from rose_engine.packing import inputs
-from rose_engine.write import reading
 
 # Eq. 4: draws a magnitude, the share of them that has to be exceeded, and the probability that every target keeps.
 DRAWS, SUCCESS, PROBABILITY = 10, 0.9, 0.9

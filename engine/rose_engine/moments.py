@@ -21,8 +21,8 @@ from rose_engine.architecture import Decoder
 from rose_engine.delta import tensor_bytes
 from rose_engine.files import replacing
 from rose_engine.forward import run_tree, tree_on
+from rose_engine.keys import reading
 from rose_engine.sample import sample_texts
-from rose_engine.write import reading
 from rose_kernels.cache import cache_dir
 
 MODEL = "model"

@@ -59,6 +59,22 @@ def null_space(Q: Tensor) -> Base:
     return lambda K: Q @ (Q.T @ K.double())
 
 
+def dense(keys: Tensor, ridge: float) -> Base:
+    """C = ridge I + K_p K_p^T of keys K_p [d_in, m] float32, inverted [d_in, d_in] in float64. ValueError where they are not finite."""
+    C = _own_products(keys.T, keys.T)
+    C.diagonal().add_(ridge)
+    factor, info = torch.linalg.cholesky_ex(C)
+    if int(info):
+        raise ValueError(f"the protected keys' system is not positive definite (leading minor {int(info)} of {len(C)})")
+    inverse = torch.cholesky_inverse(factor).mul_(ridge)
+    return lambda K: inverse @ K.double()
+
+
+def alone(x: Tensor) -> Tensor:
+    """The sum over ranks where there is one."""
+    return x
+
+
 @dataclass(frozen=True)
 class Preconditioner:
     """A base, and protected keys K_p [d_in, m] float32 with it: adjusted = base(K_p), as the base gives it, and factor [m, m] float64,
@@ -95,8 +111,18 @@ class Preconditioner:
         adjusted = joined if b is keys else torch.cat([self.adjusted.to(b.dtype), b], 1)
         return replace(self, keys=joined, adjusted=adjusted, factor=torch.cat([top, torch.cat([X.T, corner], 1)]))
 
+    def widened(self) -> Preconditioner:
+        """The same with its keys in float64, for one that is applied many times."""
+        keys = self.keys.double()
+        return replace(self, keys=keys, adjusted=keys if self.adjusted is self.keys else self.adjusted.double())
+
     def beside(self, keys: Tensor) -> Preconditioner:
-        """With more keys [d_in, n] for one write: C as it is becomes the base, and its factor is not copied into a larger one."""
+        """With more keys [d_in, n] for one write: C as it is becomes the base, and its factor is not copied into a larger one.
+
+        Where keys are half as many as d_in, and the identity below them, ridge C^-1 itself is asked in less time and becomes the base.
+        """
+        if self.base is identity and self.total is alone and 2 * (self.keys.shape[1] + keys.shape[1]) >= len(keys):
+            return preconditioner(len(keys), self.ridge, dense(torch.cat([self.keys, keys.float()], 1), self.ridge), keys.device)
         return preconditioner(len(keys), self.ridge, self._solved, keys.device, self.total).joined(keys)
 
     def apply(self, K: Tensor) -> Tensor:
@@ -118,7 +144,7 @@ class Preconditioner:
 
 
 def preconditioner(
-    d_in: int, ridge: float, base: Base = identity, device: torch.device | str = "cpu", total: Callable[[Tensor], Tensor] = lambda x: x
+    d_in: int, ridge: float, base: Base = identity, device: torch.device | str = "cpu", total: Callable[[Tensor], Tensor] = alone
 ) -> Preconditioner:
     """A base that protects nothing yet. d_in: rows of a key on this rank; total: the sum over ranks, where there are several."""
     nothing = torch.zeros(d_in, 0, device=device)

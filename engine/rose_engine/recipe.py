@@ -30,7 +30,8 @@ class Recipe:
     preconditioner: C is the "identity" times ridge (eq. 10), the "covariance" covariance_weight * E[k k^T] (ridge cancels), or the
     "null_space" below null_threshold of E[k k^T] is kept, with ridge. corpus: what E is taken over, `corpus_tokens` tokens of it: "model"
     is text sampled from the model with `seed`; else see `moments.texts_of`. bystanders: how many texts about other subjects the write
-    keeps from moving, two thirds of them in the words of the edits and their rewordings (`bystanders`); 0 is none. sequential: "joint"
+    keeps from moving, two thirds of them in the words of the edits and their rewordings (`bystanders`); 0 is none. waypoints: how often the
+    cost of the writes is evaluated to choose what each layer writes (`waypoints`); 0 writes an even share in each. sequential: "joint"
     solves a write together with all earlier ones (`memory`) and does a subject's earlier facts again with its new ones; "protect"
     does the first alone; "plain" does neither.
     """
@@ -58,6 +59,7 @@ class Recipe:
     corpus: str = "model"
     corpus_tokens: int = 32_768
     bystanders: int = 288
+    waypoints: int = 30
     sequential: Literal["joint", "protect", "plain"] = "joint"
     seed: int = 0
 
@@ -71,7 +73,7 @@ class Recipe:
         for name in ("steps", "lr", "clamp", "ridge", "covariance_weight", "null_threshold", "corpus_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, given {getattr(self, name)}")
-        for name in ("weight_decay", "kl", "stop_loss", "noise", "fisher", "bystanders", "rewordings"):
+        for name in ("weight_decay", "kl", "stop_loss", "noise", "fisher", "bystanders", "waypoints", "rewordings"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, given {getattr(self, name)}")
         if self.fisher == math.inf:
@@ -88,7 +90,7 @@ class Recipe:
 
 
 ROSE = Recipe()
-ROSE_PAPER = replace(ROSE, name="rose_paper", texts="paper_forms", rewordings=0, steps=35, noise=0.0, bystanders=0)
+ROSE_PAPER = replace(ROSE, name="rose_paper", texts="paper_forms", rewordings=0, steps=35, noise=0.0, bystanders=0, waypoints=0)
 # method.md section 3. The published methods that the engine can express, all with MEMIT-Merge's optimisation, which is that of the paper's
 # RoSE too (Appendix D.3), so that they differ in what section 3 names alone.
 MEMIT_MERGE = replace(ROSE_PAPER, name="memit_merge", texts="prefixes", columns="mean", preconditioner="covariance", sequential="plain")

@@ -21,9 +21,10 @@ from rose_engine.architecture import Decoder
 from rose_engine.branch import Branch
 from rose_engine.forms import Row
 from rose_engine.forward import run_layers, run_tree, tree_on, whole_tree
+from rose_engine.keys import every_key, reading
 from rose_engine.precondition import Preconditioner
 from rose_engine.recipe import Recipe
-from rose_engine.sharding import local
+from rose_engine.waypoints import Course, column_weights, course, waypoints
 from rose_kernels import add_low_rank_, forget_refused, raise_refused, rank_gram, rank_solve, rank_update_
 from rose_kernels.rank_update import check_finite
 
@@ -77,30 +78,80 @@ def write_layers(
     on = lambda x: torch.tensor(x, device=device)  # noqa: E731
     node, owner = on([node for node, _ in columns]), on([owner for _, owner in columns])
     z = wanted[on([rows[0] for rows in columns.values()])] + delta[owner]
-    root = on([float(len(rows)) for rows in columns.values()]).sqrt()
+    count = on([float(len(rows)) for rows in columns.values()])
+    of_subject = torch.zeros(len(delta), device=device).index_add(0, owner, count)[owner]
 
     layers, last = recipe.layers, recipe.last_layer
-    others = _keys(decoder, bystanders, layers)
+    near = every_key(decoder, bystanders, layers)  # each before its layer is written
+    held = (_beside(preconditioner(decoder.weight_name(layer)), next(near, None)) for layer in layers)
     attention = whole_tree(tree)
     hidden = run_tree(decoder, tree, range(layers[0]), attention)
+    aims = None
+    if recipe.waypoints and len(layers) > 1:
+        held = list(held)
+        along = course(decoder, rows, tree, hidden, layers)
+        aims = _aims(along, list(columns.values()), owner, count, z, delta, held, recipe.waypoints)
     written = Written({}, {}, list(range(len(delta))) if recipe.columns == "mean" else owner.tolist())
-    for i, layer in enumerate(layers):
-        near = next(others, None)  # before this layer is written
+    for i, (layer, protected) in enumerate(zip(layers, held, strict=True)):
+        # The whole residual of a waypoint in its own layer, or its even share of what is missing after the last.
+        aim, until, share = (z, last, len(layers) - i) if aims is None else (aims[i], layer, 1)
         with reading(decoder, [layer]) as keys:
-            reached = run_layers(decoder, hidden, tree.position, range(layer, last + 1), attention)
-        residual = decoder.before_norm(layer, keys[layer][node], (z - reached[node].float()) / (len(layers) - i))
-        K, R = (keys[layer][node].float() * root[:, None]).T, (residual * root[:, None]).T
+            reached = run_layers(decoder, hidden, tree.position, range(layer, until + 1), attention)
+        K = keys[layer][node].float().T
+        R = decoder.before_norm(layer, keys[layer][node], (aim - reached[node].float()) / share).T
+        P, weight = protected.apply(K), count
+        if aims is not None:
+            weight = column_weights(count, of_subject, _reach(protected, K, P))
+        alone, root = P is K, weight.sqrt()
+        K, R, P = K * root, R * root, P * root
         if recipe.columns == "mean":
-            K, R = _mean_columns(K, R, root, owner)
+            K, R, P = _mean_columns(K, R, P, root, owner)
         name = decoder.weight_name(layer)
-        held = preconditioner(name)
-        P = (held if near is None else held.beside(near)).apply(K)
-        near = None
-        written.factors[name], written.keys[name] = _update(decoder, layer, K, R, None if P is K else P, recipe.ridge)
+        written.factors[name], written.keys[name] = _update(decoder, layer, K, R, None if alone else P, recipe.ridge)
         if layer != last:
             hidden = run_layers(decoder, hidden, tree.position, range(layer, layers[i + 1]), attention)
     raise_refused()
     return written
+
+
+def _beside(held: Preconditioner, near: Tensor | None) -> Preconditioner:
+    return held if near is None else held.beside(near)
+
+
+def _reach(held: Preconditioner, K: Tensor, P: Tensor) -> Tensor:
+    """k^T C^-1 k [n] of keys K [d_in, n], of which P are what `held.apply` makes."""
+    return (held.total((K.double() * P).sum(0)) / held.ridge).float()
+
+
+def _aims(
+    along: Course,
+    columns: Sequence[Sequence[int]],
+    owner: Tensor,
+    count: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    held: Sequence[Preconditioner],
+    evaluations: int,
+) -> Tensor:
+    """The waypoints of all columns [layers, n, d], subject after subject; what the next is told apart from has the keys of those before."""
+    if z.device.type == "cpu":  # where widening keys again for every evaluation is what takes longest
+        held = [one.widened() for one in held]
+    aims, subjects = z.new_empty(len(held), *z.shape), owner.unique().tolist()
+    for s in subjects:
+        mine = (owner == s).nonzero()[:, 0]
+        index = [columns[c][0] for c in mine.tolist()]
+        found = waypoints(along, index, count[mine], z[mine], delta[s], held, evaluations)
+        aims[:, mine] = found.hidden
+        if s != subjects[-1] and AWARE:
+            held = [_with_keys(one, keys.T, count[mine]) for one, keys in zip(held, found.keys, strict=True)]
+    return aims
+
+
+def _with_keys(held: Preconditioner, K: Tensor, count: Tensor) -> Preconditioner:
+    return held.joined(K * column_weights(count, count.sum(), _reach(held, K, held.apply(K))).sqrt())
+
+
+AWARE = True
 
 
 def _update(decoder: Decoder, layer: int, K: Tensor, R: Tensor, P: Tensor | None, ridge: float) -> tuple[Factors, Tensor]:
@@ -119,41 +170,6 @@ def _update(decoder: Decoder, layer: int, K: Tensor, R: Tensor, P: Tensor | None
     return (U, sharding.whole(V, 1)), sharding.whole(K, 0)
 
 
-@contextmanager
-def reading(decoder: Decoder, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """Within the block, a run of these layers leaves here what their edited projections get, on this rank: layer -> [tokens, d_in]."""
-    keys: dict[int, Tensor] = {}
-
-    def read(layer: int, given: Tensor) -> None:
-        key = local(given)[0]
-        if decoder.sharding is not None and key.shape[-1] != decoder.weight(layer).shape[1]:  # given whole, and split inside
-            key = decoder.sharding.part(key, -1)
-        keys[layer] = key
-
-    hooks = [decoder.projection(layer).register_forward_pre_hook(lambda _, args, layer=layer: read(layer, args[0])) for layer in layers]
-    try:
-        yield keys
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _keys(decoder: Decoder, rows: Sequence[Row], layers: Sequence[int]) -> Iterator[Tensor]:
-    """The keys of every token of some rows, layer by layer, [d_in, tokens] float32; nothing where there are no rows.
-
-    They are those of unwritten weights where each is taken before its layer is written, and one layer's are held at a time.
-    """
-    if not rows:
-        return
-    tree = tree_on([row.tokens for row in rows], decoder.embedding.weight.device)
-    attention = whole_tree(tree)
-    hidden = run_tree(decoder, tree, range(layers[0]), attention)
-    for layer, following in zip(layers, (*layers[1:], layers[-1] + 1), strict=True):
-        with reading(decoder, [layer]) as keys:
-            hidden = run_layers(decoder, hidden, tree.position, range(layer, following), attention)
-        yield keys.pop(layer).float().T
-
-
 def _columns(paths: Sequence[Sequence[int]], subject: Sequence[int]) -> dict[tuple[int, int], list[int]]:
     """Rows that agree up to the subject's last token: (last node, subject) -> those rows."""
     columns: dict[tuple[int, int], list[int]] = {}
@@ -162,9 +178,9 @@ def _columns(paths: Sequence[Sequence[int]], subject: Sequence[int]) -> dict[tup
     return columns
 
 
-def _mean_columns(K: Tensor, R: Tensor, root: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_columns(K: Tensor, R: Tensor, P: Tensor, root: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One column a value (MEMIT's habit): the mean of its rows' keys, and the residual of the first row, the bare prompt at
     which the value was read."""
     share = F.one_hot(owner).float() * root[:, None]
-    first = torch.tensor([owner.tolist().index(s) for s in range(share.shape[1])], device=owner.device)
-    return K @ (share / (share**2).sum(0)), R[:, first] / root[first]
+    share, first = share / (share**2).sum(0), torch.tensor([owner.tolist().index(s) for s in range(share.shape[1])], device=owner.device)
+    return K @ share, R[:, first] / root[first], P @ share

@@ -1,0 +1,236 @@
+"""Waypoints: the hidden states that a subject's value passes on its way through the edited layers, chosen so that the writes cost least.
+
+The write of a layer is a ridge regression (method.md section 2): of all changes it is the one for which
+
+    ||dW K - R||^2 + tr(dW C dW^T)  is least;  that least is  tr(R (I + K^T C^-1 K)^-1 R^T):
+
+what is left of the residuals R, what the protected texts in C feel, and the size of the change. An even share of z - h in every layer
+is one way to z. But the keys K of a layer depend on what the layers before it wrote: a small change in the right direction makes a
+subject's later keys unlike all others, and then a large one costs little. So each edited layer but the last gets a direction m_l of its
+own, the same for all rows of a subject, and
+
+    sum over l of tr(R_l (D_l + K_l^T C_l^-1 K_l)^-1 R_l^T),    R_l = m_l,  R_L = z - h_L,
+
+is minimised over the m_l by L-BFGS: a handful of tokens, each the last of a subject, through the few edited layers. D, the identity where
+keys are ordinary, grows with those that stand out (`column_weights`), for the write to leave what it should not copy. What is written
+where is `write`'s; the layers' arithmetic is `block`'s where it knows them, and the library's elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from rose_engine import block
+from rose_engine.architecture import Decoder
+from rose_engine.attention import SuffixAttention, TreeAttention
+from rose_engine.forms import Row
+from rose_engine.forward import blocks_of, context_of, run_layers
+from rose_engine.keys import reading
+from rose_engine.packing import Suffixes, Tree, pack_suffixes
+from rose_engine.precondition import Preconditioner
+
+# Steps whose curvature L-BFGS remembers.
+HISTORY = 20
+# Of a residual one part in so many is left, however far a key stands out: closer, the differences of a subject's rows would be written too.
+EXACT = 50.0
+
+
+def column_weights(count: Tensor, subject: Tensor, reach: Tensor) -> Tensor:
+    """What columns weigh in a write, for all rows of their subject together about EXACT / reach at most.
+
+    count [n]: rows that each stands for; subject [n] or one number: those of its subject. reach [n]: k^T C^-1 k of its key.
+    """
+    return count / (1 + subject * reach / EXACT)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What no waypoint changes: the unwritten model on the texts of a write.
+
+    rows: the texts, up to each one's last subject token; tree: over these. keys [nodes, d_in], hidden [nodes, d]: of and after the
+    first edited layer. above: the layers behind that one, up to the last edited one, whose attention's keys and values prefix has kept.
+    blocks: these layers as `block` runs them, or None where the library does.
+    """
+
+    decoder: Decoder
+    layers: Sequence[int]
+    rows: Sequence[Row]
+    tree: Tree
+    keys: Tensor
+    hidden: Tensor
+    above: range
+    prefix: TreeAttention
+    blocks: tuple[block.Block, ...] | None
+
+
+@torch.no_grad()
+def course(decoder: Decoder, rows: Sequence[Row], tree: Tree, hidden: Tensor, layers: Sequence[int]) -> Course:
+    """The course of rows through the edited layers. tree: of their tokens up to the subject's last; hidden [nodes, d]: before the first of
+    these."""
+    rows = [replace(row, tokens=row.tokens[: row.last + 1], target=row.last + 1) for row in rows]
+    above = range(layers[0] + 1, layers[-1] + 1)
+    prefix = TreeAttention(tree, torch.arange(len(hidden), device=hidden.device), keep=above)
+    with reading(decoder, layers[:1]) as keys:
+        hidden = run_layers(decoder, hidden, tree.position, range(layers[0], layers[0] + 1), prefix)
+    run_layers(decoder, hidden, tree.position, above, prefix)
+    return Course(decoder, layers, rows, tree, keys[layers[0]], hidden, above, prefix, blocks_of(decoder, above))
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What some m_l lead to: the cost, its gradient in them [layers - 1, d], and after each edited layer the hidden states [layers, n, d];
+    keys: of each the columns' keys [n, d_in], on this rank."""
+
+    cost: float
+    grad: Tensor
+    hidden: Tensor
+    keys: tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def waypoints(
+    along: Course,
+    index: Sequence[int],
+    count: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    held: Sequence[Preconditioner],
+    evaluations: int,
+) -> Passed:
+    """The waypoints of one subject's n columns: the hidden states that are wanted after each edited layer, of which the last are z.
+
+    index [n]: the columns' rows. count [n]: the rows that each stands for. z [n, d], delta [d] float32: the subject's, of
+    which an even share is where every m_l starts. held: what the write of each layer protects, C.
+    evaluations: of the cost and its gradient, one at least. ValueError where a cost to begin with is not finite.
+    """
+    suffixes = pack_suffixes(along.rows, along.tree.path, index).to(z.device)
+    costs = _Costs(along.decoder, along.layers, held, count, along.keys[suffixes.node].float())
+    run = partial(_library_run if along.blocks is None else _written_run, along, suffixes, z, costs)
+    unit = float(delta.norm()) or 1.0
+    x = (delta / (len(along.layers) * unit)).repeat(len(along.layers) - 1, 1).requires_grad_()
+    best = run(x.detach() * unit)
+    if not math.isfinite(best.cost):
+        raise ValueError("what the writes would cost is not finite; a larger ridge or float32 weights may help")
+
+    def evaluate() -> float:
+        nonlocal best
+        passed = run(x.detach() * unit)
+        if passed.cost < best.cost:
+            best = passed
+        x.grad = passed.grad * (unit / passed.cost)  # of the logarithm, which has no scale
+        return math.log(passed.cost)
+
+    if evaluations > 1 and best.cost:
+        torch.optim.LBFGS(
+            [x],
+            max_iter=evaluations,
+            max_eval=evaluations - 1,
+            history_size=HISTORY,
+            line_search_fn="strong_wolfe",
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+        ).step(evaluate)
+    return best
+
+
+class _Costs:
+    """What the writes of one subject's columns cost. count [n]: the rows that each stands for. first [n, d_in]: the keys in the first
+    edited layer, which no waypoint moves, so that its system is factorised once."""
+
+    def __init__(self, decoder: Decoder, layers: Sequence[int], held: Sequence[Preconditioner], count: Tensor, first: Tensor):
+        self.decoder, self.layers, self.held, self.count = decoder, layers, held, count.double()
+        self.first_keys, self.fixed = first, self._system(0, first)
+
+    def first(self, R: Tensor) -> tuple[Tensor, Tensor]:
+        """The cost of residuals [n, d] in the first edited layer, and its gradient in them [n, d]; float64."""
+        cost, B, scale = self._solve(R, *self.fixed)
+        return cost, 2 * B * scale
+
+    @torch.no_grad()
+    def __call__(self, place: int, K: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The cost of residuals [n, d] at keys [n, d_in] in the edited layer `place`, and its gradients in keys and residuals; float64.
+
+        With G = K^T C^-1 K, D = diag(1 / weight(G_cc)) and B = (D + G)^-1 R^T the cost is tr(R B), its gradient in R is 2 B, in G -B B^T
+        and in D -diag(B B^T).
+        """
+        P, factor, scale = self._system(place, K)
+        cost, B, scale = self._solve(R, P, factor, scale)
+        S = B @ B.T
+        S.diagonal().mul_(1 + self.count.sum() / (EXACT * self.count))
+        return cost, -2 * S @ P, 2 * B * scale
+
+    def _system(self, place: int, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """P^T = K^T C^-1 [n, d_in], the factor of D + G [n, n], and how much the projection has to put out of a residual [n, d]."""
+        d = self.decoder.embedding.embedding_dim
+        scale = self.decoder.before_norm(self.layers[place], K, torch.ones(len(K), d, device=K.device))
+        held = self.held[place]
+        P = held.apply(K.T).T.double() / held.ridge
+        G = held.total(K.double() @ P.T)
+        G = (G + G.T) / 2
+        G.diagonal().add_(1 / column_weights(self.count, self.count.sum(), G.diagonal()))
+        return P, torch.linalg.cholesky_ex(G)[0], scale
+
+    def _solve(self, R: Tensor, P: Tensor, factor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        asked = (R * scale).double()
+        B = torch.cholesky_solve(asked, factor).contiguous()
+        return (asked * B).sum(), B, scale
+
+
+def _written_run(along: Course, suffixes: Suffixes, z: Tensor, costs: _Costs, m: Tensor) -> Passed:
+    """The course with m [layers - 1, d] written, by `block`."""
+    layers, blocks, start = along.layers, along.blocks, along.hidden[suffixes.node].float()
+    place = {layer: i for i, layer in enumerate(layers)}
+    context = context_of(along.decoder, suffixes, start, along.prefix, torch.arange(len(along.hidden)), along.above)
+    space = block.Workspace(along.decoder.head.dtype)
+    total, slope = costs.first(m[:1].expand_as(start))
+    slopes, kept, hidden, keys = [slope], [], [x := start + m[0]], [costs.first_keys]
+    for j, layer in enumerate(along.above):
+        x, saved = block.layer_forward(blocks[j], context, context.past[j], x, partial(space.take, j))
+        key = None
+        if (i := place.get(layer)) is not None:
+            R = z - x if layer == layers[-1] else m[i].expand_as(x)
+            keys.append(block.key_of(saved).float())
+            cost, key, slope = costs(i, keys[-1], R)
+            total = total + cost
+            slopes.append(slope)
+            hidden.append(x := x + R)
+        kept.append((saved, key))
+    grad, grads = -slopes[-1].float(), []
+    for j in reversed(range(len(blocks))):
+        saved, key = kept[j]
+        grad = block.layer_backward(blocks[j], context, context.past[j], saved, grad, key=None if key is None else key.float())
+        if (i := place.get(along.above[j] - 1)) is not None:
+            grads.append((slopes[i] + grad).sum(0).float())
+    return Passed(float(total), torch.stack(grads[::-1]), torch.stack(hidden), tuple(keys))
+
+
+def _library_run(along: Course, suffixes: Suffixes, z: Tensor, costs: _Costs, m: Tensor) -> Passed:
+    """The same by the library's layers and autograd."""
+    decoder, layers = along.decoder, along.layers
+    layout = SuffixAttention(suffixes, along.prefix, torch.arange(len(along.hidden), device=z.device))
+    start = along.hidden[suffixes.node]
+    total, slope = costs.first(m[:1].expand_as(z))
+    m = m.detach().requires_grad_()
+    with torch.enable_grad():
+        x = start + m[0].to(start.dtype)
+        hidden, found, outputs, slopes = [x.detach().float()], [costs.first_keys], [m[:1].expand_as(z)], [slope.float()]
+        for i, (before, layer) in enumerate(pairwise(layers), 1):
+            with reading(decoder, [layer]) as keys:
+                x = run_layers(decoder, x, suffixes.position, range(before + 1, layer + 1), layout)
+            R = z - x.float() if layer == layers[-1] else m[i].expand_as(z)
+            found.append(keys[layer].detach().float())
+            cost, *slope = costs(i, found[-1], R.detach())
+            total = total + cost
+            outputs += [keys[layer], R]
+            slopes += [slope[0].to(keys[layer].dtype), slope[1].float()]
+            x = x + R.to(x.dtype)
+            hidden.append(x.detach().float())
+        (grad,) = torch.autograd.grad(outputs, m, slopes)
+    return Passed(float(total), grad, torch.stack(hidden), tuple(found))
