@@ -1,19 +1,20 @@
 """Bystanders: texts about other subjects, of which the write must not say anything new.
 
 Two thirds are prompts of the edits and their rewordings with other names, the rest statements of any kind. The former keep what an edit's
-own words say, the latter names and relations of which it says nothing (docs/value-generalisation.md). They are read for the keys of all
+own words say, the latter names and relations of which it says nothing; beside them stand names that end as a subject does
+(docs/value-generalisation.md). They are read for the keys of all
 their tokens; none has a target.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rose_engine.edits import Edit
-from rose_engine.forms import CHAT_QUESTION, STATEMENT, Row, chat_parts, encode, render, row_of
+from rose_engine.edits import Edit, group_by_subject
+from rose_engine.forms import CHAT_QUESTION, STATEMENT, Form, Row, chat_parts, encode, render, row_of
 
 # People, places, things that stand in the edits' words.
 NAMES = (
@@ -69,6 +70,10 @@ NAMES = (
 
 # So many texts stand once in a chat that goes on to where the answer begins; the others end with the text, for there chats are all alike.
 WHOLE = 20
+
+# Beside the others so many for each subject have a name that ends as the subject's: its last token has nearly the subject's key.
+NAMESAKES = 6
+ARTICLES = ("the", "a", "an")
 
 # The share of bystanders that say nothing of an edit. Beside 288 others 97 brought nearly what 350 did (docs/value-generalisation.md).
 GENERAL = 1 / 3
@@ -181,7 +186,8 @@ def bystander_rows(
     found: Mapping[str, Sequence[str]] | None = None,
     max_length: int | None = None,
 ) -> list[Row]:
-    """About `count` bystanders of these edits: a third of them `STATEMENTS`, as far as these go, the others in the edits' words.
+    """About `count` bystanders of these edits: a third of them `STATEMENTS`, as far as these go, the others in the edits' words; and beside
+    them `NAMESAKES` for each subject of several words. None where count is 0.
 
     earlier: edits in the weights, in whose words as many others stand; found: rewordings of such as bring none, by prompt. Passed over are
     names in which a subject of these or earlier edits is named or that a subject or target names, statements that name either, and
@@ -197,12 +203,41 @@ def bystander_rows(
     spoken = {_words(text) for edit in every for text in (edit.subject, edit.target)} - {_words("")}
     general = [text for text in STATEMENTS if not any(map(_words(text).__contains__, spoken))][: round(count * GENERAL)]
     own = count - len(general)
+    alike = [some for some in _namesakes(edits, names, tokenizer) if not any(subject in some[0].casefold() for subject in edited)]
     rows = [
+        *(_standing(*some, tokenizer) for some in (alike if count else ())),
         *_named(texts, names, own, tokenizer),
         *_named(before, names, own, tokenizer),
         *(_up_to(text, len(text), True, tokenizer) for text in general),
     ]
     return [row for row in rows if max_length is None or len(row.tokens) <= max_length]
+
+
+def _namesakes(edits: Sequence[Edit], names: Sequence[str], tokenizer: Any) -> Iterator[tuple[str, str, Form]]:
+    """Names that end as a subject does, "Siemens Land" beside Oates Land, each with one of the subject's texts to stand in and a form. A
+    subject of one word has none, for it is named in them."""
+    forms = _forms(tokenizer)
+    for i, subject in enumerate(group_by_subject(edits)):
+        words = [word for word in subject.name.split() if word.casefold() not in ARTICLES]
+        if len(words) < 2 or not names:
+            continue
+        texts = _texts(subject.edits)
+        for j in range(NAMESAKES):
+            yield f"{names[(i * NAMESAKES + j) % len(names)]} {words[-1]}", texts[j % len(texts)], forms[j % len(forms)]
+
+
+def _forms(tokenizer: Any) -> tuple[Form, ...]:
+    return (STATEMENT, CHAT_QUESTION) if tokenizer.chat_template else (STATEMENT,)
+
+
+def _standing(name: str, text: str, form: Form, tokenizer: Any) -> Row:
+    """A text with a name as a statement, or in a chat that ends with it."""
+    edit = Edit(name, text, "-")
+    if form.chat:
+        chat, after = render(edit, form, tokenizer)[0], chat_parts(tokenizer, form.system)[1]
+        return _up_to(chat, len(chat) - len(after), False, tokenizer)
+    row = row_of(edit, form, tokenizer)
+    return _cut(row, row.target)
 
 
 def _words(text: str) -> str:
@@ -221,18 +256,16 @@ def _named(texts: Sequence[str], names: Sequence[str], count: int, tokenizer: An
     long as there are any, and a name in a text once. Of more than `count` texts so many are taken, evenly."""
     texts = texts if len(texts) <= count else [texts[i * len(texts) // count] for i in range(count)]
     each = min(-(-count // max(1, len(texts))), len(names))
-    forms = (STATEMENT, CHAT_QUESTION) if tokenizer.chat_template else (STATEMENT,)
-    after = chat_parts(tokenizer, CHAT_QUESTION.system)[1] if tokenizer.chat_template else ""
+    forms = _forms(tokenizer)
     rows = []
     for i in range(each):
         for j, text in enumerate(texts):
-            edit, form = Edit(names[(j * each + i) % len(names)], text, "-"), forms[(i + j) % len(forms)]
-            if form.chat and not (i < len(forms) and j < WHOLE):
-                chat = render(edit, form, tokenizer)[0]
-                rows.append(_up_to(chat, len(chat) - len(after), False, tokenizer))
-            else:
-                row = row_of(edit, form, tokenizer)
+            name, form = names[(j * each + i) % len(names)], forms[(i + j) % len(forms)]
+            if form.chat and i < len(forms) and j < WHOLE:
+                row = row_of(Edit(name, text, "-"), form, tokenizer)
                 rows.append(_cut(row, row.target))
+            else:
+                rows.append(_standing(name, text, form, tokenizer))
     return rows
 
 

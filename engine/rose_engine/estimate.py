@@ -7,7 +7,8 @@ Memory (bytes; b: of a weight's element):
     temporaries   tokens of a step x (two MLP activations x b, four hidden states in float32), what a layer's backward holds at once
     logits        up to OUTPUT_ROWS x vocabulary in float32, and a row a subject for the regulariser's reference
     weights       the edited weights once more, for `all_or_nothing` while the write runs, the factors, and bystanders: temporaries of
-                  their tokens, and of one layer their keys twice in float32 and their products three times in float64
+                  their tokens, and of one layer their keys twice in float32 and their products three times in float64;
+                  where waypoints are chosen, what protects the bystanders in all edited layers
     coordinates   of values, d x d, in float64 on a CPU and float32 elsewhere; while they are made, four such in float64
     base          the edited weights as they were, for `revert`: in host memory, from the first edit on
 The first four are held while values are optimised, the next afterwards: the larger of the two is the peak, beside coordinates and base.
@@ -153,6 +154,9 @@ def memory(shapes: Shapes, work: Work, recipe: Recipe, device: str | torch.devic
     weights = base + len(recipe.layers) * 4 * work.columns * (s.d + s.d_in)
     weights += others * (2 * s.d_in * s.element + 16 * s.d + 8 * s.d_in + 24 * others)
     host = torch.device(device).type == "cpu"
+    if recipe.waypoints:
+        wide = 8 if host else 4
+        weights += len(recipe.layers) * (8 * s.d_in**2 if 2 * others >= s.d_in else others * (wide * s.d_in + 8 * others))
     coordinates, making = ((8 if host else 4) * s.d**2, 4 * 8 * s.d**2) if recipe.fisher else (0, 0)
     return {
         **step,
@@ -172,6 +176,8 @@ def seconds(shapes: Shapes, work: Work, recipe: Recipe, rate: Callable[[int], fl
     step += sum(2 * head * rate(b.read) for b in work.batches)
     passes = sum(recipe.last_layer + 1 - layer for layer in recipe.layers) + below  # each layer is read with the ones before it written
     write = passes * s.layer * rate(work.write_nodes) + len(recipe.layers) * s.d * s.d_in * rate(2 * work.columns)
+    if recipe.waypoints:
+        write += recipe.waypoints * 2 * (recipe.last_layer - recipe.layers[0]) * s.layer * rate(work.columns)
     if recipe.bystanders:
         write += below * s.layer * rate(bystander_nodes(recipe))
     return {"prepare": prepare, "optimise": recipe.steps * step, "write": write}

@@ -39,7 +39,7 @@ from rose_engine.precondition import Preconditioner
 # Steps whose curvature L-BFGS remembers.
 HISTORY = 20
 # Of a residual one part in so many is left, however far a key stands out: closer, the differences of a subject's rows would be written too.
-EXACT = 50.0
+EXACT = 200.0
 
 
 def column_weights(count: Tensor, subject: Tensor, reach: Tensor) -> Tensor:
