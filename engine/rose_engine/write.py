@@ -142,16 +142,14 @@ def _aims(
         index = [columns[c][0] for c in mine.tolist()]
         found = waypoints(along, index, count[mine], z[mine], delta[s], held, evaluations)
         aims[:, mine] = found.hidden
-        if s != subjects[-1] and AWARE:
+        if s != subjects[-1]:
             held = [_with_keys(one, keys.T, count[mine]) for one, keys in zip(held, found.keys, strict=True)]
     return aims
 
 
 def _with_keys(held: Preconditioner, K: Tensor, count: Tensor) -> Preconditioner:
+    """With keys K [d_in, n] of one subject, weighed as they will be written."""
     return held.joined(K * column_weights(count, count.sum(), _reach(held, K, held.apply(K))).sqrt())
-
-
-AWARE = True
 
 
 def _update(decoder: Decoder, layer: int, K: Tensor, R: Tensor, P: Tensor | None, ridge: float) -> tuple[Factors, Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rose_engine import Edit
 from rose_engine.architecture import decoder_of
-from rose_engine.bystanders import NAMES, STATEMENTS, WHOLE, bystander_rows
+from rose_engine.bystanders import NAMES, NAMESAKES, STATEMENTS, WHOLE, bystander_rows
 from rose_engine.certificate import OTHERS
 from rose_engine.edits import group_by_subject
 from rose_engine.optimize import subject_rows
@@ -145,7 +145,7 @@ def test_bystanders_are_neither_edited_nor_written(tokenizer):
 
 
 def test_bystanders_stand_in_every_text(tokenizer):
-    reworded = [Edit("Lin Nu", "{} lives in", "Metz", rewordings=["The home of {} is", "{} resides in"])]
+    reworded = [Edit("Linnu", "{} lives in", "Metz", rewordings=["The home of {} is", "{} resides in"])]
     said = ("lives in", "The home of", "resides in")
     texts = told(bystander_rows(reworded, tokenizer, 18), tokenizer)
     asked = [next(part for part in said if part in text) for text in texts[:12]]
@@ -162,7 +162,7 @@ def test_bystanders_stand_in_every_text(tokenizer):
 @pytest.mark.parametrize("count", [30, 288])
 def test_few_chats_go_on_to_the_answer(tokenizer, count):
     """In each half the rest end with the text; a model without a template has none."""
-    edits = [Edit("Lin Nu", f"{{}} is {i} and", "x") for i in range(30)]
+    edits = [Edit("Linnu", f"{{}} is {i} and", "x") for i in range(30)]
     chats = [tokenizer.decode(row.tokens) for row in bystander_rows(edits, tokenizer, count)]
     chats = [text for text in chats if "<|im_start|>" in text]
     whole = [text for text in chats if text.endswith("assistant\n")]
@@ -175,7 +175,7 @@ def test_few_chats_go_on_to_the_answer(tokenizer, count):
 
 def test_bystanders_stand_in_the_words_of_earlier_edits(tokenizer):
     earlier = [Edit("Ada Brandt", "{} lives in", NAMES[0]), Edit("Ada Brandt", "{} plays the", "Guinness")]
-    edits = [Edit("Lin Nu", "{} lives in", "Metz")]
+    edits = [Edit("Linnu", "{} lives in", "Metz")]
     found = {"{} plays the": ["The instrument of {} is"], "{} lives in": ["The home of {} is"]}
     texts = told(bystander_rows(edits, tokenizer, 288, earlier, found), tokenizer)
     parts = ("lives in", "plays the", "The instrument of", "The home of")
@@ -184,6 +184,20 @@ def test_bystanders_stand_in_the_words_of_earlier_edits(tokenizer):
     assert [sum(part in text for text in named) for part in parts] == [len(NAMES) - 1] * 3 + [0]
     assert len(texts) == 3 * (len(NAMES) - 1) + len(STATEMENTS) - 1
     assert not any(name in text for text in texts for name in (NAMES[0], "Guinness"))
+
+
+def test_namesakes_end_as_the_subject_does(tokenizer):
+    """Of a subject of several words; none that an edited subject is named in, and none where there are no bystanders."""
+    edits = [Edit("Oates Land", "{} lies in", "Asia"), Edit("the Smurfs", "{} air on", "radio"), Edit("Siemens Land", "{} is", "a town")]
+    count = 48
+    texts = told(bystander_rows(edits, tokenizer, count), tokenizer)
+    alike = [text for text in texts if " Land " in text]
+    assert len(texts) == pytest.approx(count + len(alike), abs=3)
+    assert sum(text.startswith("<|") or "\n" in text for text in alike) == len(alike) // 2  # in a chat
+    assert all(("lies in" in text) != ("Land is" in text) for text in alike)
+    assert 8 <= len(alike) <= 2 * NAMESAKES and not any("Siemens Land" in text or "Oates Land" in text for text in alike)
+    assert not any("Smurfs" in text for text in texts)
+    assert not bystander_rows(edits, tokenizer, 0)
 
 
 def test_all_or_nothing():
