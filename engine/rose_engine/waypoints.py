@@ -106,10 +106,11 @@ def waypoints(
 ) -> Passed:
     """The waypoints of one subject's n columns: the hidden states that are wanted after each edited layer, of which the last are z.
 
-    index [n]: the columns' rows. count [n]: the rows that each stands for. z [n, d], delta [d] float32: the subject's, of
-    which an even share is where every m_l starts. held: what the write of each layer protects, C.
-    evaluations: of the cost and its gradient, one at least. ValueError where a cost to begin with is not finite.
+    index [n]: the columns' rows. count [n]: the rows that each stands for. z [n, d], delta [d] float32: the subject's, of which an even
+    share is where every m_l starts. held: what the write of each layer protects, C. evaluations: of the cost and its gradient, one at
+    least. ValueError where the cost is not finite to begin with.
     """
+    sharding = along.decoder.sharding
     suffixes = pack_suffixes(along.rows, along.tree.path, index).to(z.device)
     costs = _Costs(along.decoder, along.layers, held, count, along.keys[suffixes.node].float())
     run = partial(_library_run if along.blocks is None else _written_run, along, suffixes, z, costs)
@@ -120,14 +121,22 @@ def waypoints(
         raise ValueError("what the writes would cost is not finite; a larger ridge or float32 weights may help")
 
     def evaluate() -> float:
+        """The logarithm of the cost, which has no scale; x takes its gradient."""
         nonlocal best
         passed = run(x.detach() * unit)
-        if passed.cost < best.cost:
-            best = passed
-        x.grad = passed.grad * (unit / passed.cost)  # of the logarithm, which has no scale
-        return math.log(passed.cost)
+        told = torch.cat([passed.grad.flatten().double(), z.new_tensor([passed.cost], dtype=torch.float64)])
+        if sharding is not None:  # ranks that share weights take the same steps
+            sharding.same(told)
+        cost = float(told[-1])
+        if not 0 < cost < math.inf:  # the line search comes back from there
+            x.grad = torch.zeros_like(x)
+            return math.inf
+        if cost < best.cost:
+            best = replace(passed, cost=cost)
+        x.grad = (told[:-1] * (unit / cost)).view_as(x).float()
+        return math.log(cost)
 
-    if evaluations > 1 and best.cost:
+    if evaluations > 1 and best.cost > 0:
         torch.optim.LBFGS(
             [x],
             max_iter=evaluations,
