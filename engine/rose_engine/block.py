@@ -43,6 +43,8 @@ NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 # Where the hooks come from that make a projection with spread weights give what it gave before; their work is done here.
 SPREADING = "torch.distributed.tensor._api"
+# Where the hooks come from that read what a projection is given; `run` gives it to them.
+READING = "rose_engine.keys"
 # Parts in which whole weights sum over what may be spread.
 PARTS = 2
 
@@ -101,7 +103,8 @@ def is_norm(module: nn.Module) -> bool:
 
 def _changed(module: nn.Module) -> bool:
     """Whether calling a module does something else than its class says."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks = [hook for hook in hooks if getattr(hook, "__module__", "") != READING]
     if isinstance(getattr(module, "weight", None), DTensor):
         hooks = [hook for hook in hooks if getattr(hook, "__module__", "") != SPREADING]
     return bool(hooks or "forward" in vars(module))
@@ -191,7 +194,11 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def run(block: Block, x: Tensor, cosine: Tensor, sine: Tensor, attend: Attend) -> Tensor:
     """Hidden states [N, d] after a layer of float32 weights, from x [N, d], under any attention."""
-    return _forward(block, cosine, sine, attend, x, None, _fresh)[0]
+    y, kept = _forward(block, cosine, sine, attend, x, None, _fresh)
+    for hook in block.mlp.down_proj._forward_pre_hooks.values():
+        if getattr(hook, "__module__", "") == READING:
+            hook(block.mlp.down_proj, (key_of(kept)[None],))
+    return y
 
 
 def _fresh(name: str, tokens: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -123,16 +123,17 @@ class Preconditioner:
         """
         if self.base is identity and self.total is alone and 2 * (self.keys.shape[1] + keys.shape[1]) >= len(keys):
             return preconditioner(len(keys), self.ridge, dense(torch.cat([self.keys, keys.float()], 1), self.ridge), keys.device)
-        return preconditioner(len(keys), self.ridge, self._solved, keys.device, self.total).joined(keys)
+        return preconditioner(len(keys), self.ridge, self.solved, keys.device, self.total).joined(keys)
 
     def apply(self, K: Tensor) -> Tensor:
         """ridge C^-1 K [d_in, n] float32: B - base(K_p) (ridge I + K_p^T base(K_p))^-1 K_p^T B, B = base(K), solved in float64.
 
         With it `rank_update_(W, K, R, P, ridge)` writes R K^T (C + K K^T)^-1. K itself where C is the identity and nothing is protected.
         """
-        return self._solved(K).float()
+        return self.solved(K).float()
 
-    def _solved(self, K: Tensor) -> Tensor:
+    def solved(self, K: Tensor) -> Tensor:
+        """The same as it is solved: in float64 where anything is protected or a corpus asked."""
         out = self.base(K)
         if not self.keys.shape[1]:
             return out

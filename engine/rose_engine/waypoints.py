@@ -180,7 +180,7 @@ class _Costs:
         d = self.decoder.embedding.embedding_dim
         scale = self.decoder.before_norm(self.layers[place], K, torch.ones(len(K), d, device=K.device))
         held = self.held[place]
-        P = held.apply(K.T).T.double() / held.ridge
+        P = held.solved(K.T).T.double() / held.ridge
         G = held.total(K.double() @ P.T)
         G = (G + G.T) / 2
         G.diagonal().add_(1 / column_weights(self.count, self.count.sum(), G.diagonal()))
