@@ -27,7 +27,7 @@ def test_plain_rose_and_the_engine_agree(make_model, tokenizer):
     """Two programs, one method: after six steps the losses and the changed weights are the same to float32's rounding."""
     model = make_model(seed=3, initializer_range=0.2)
     plain = copy.deepcopy(model)
-    recipe = replace(ROSE, rewordings=0, bystanders=0, steps=6, lr=0.05, stop_loss=0.0, layers=LAYERS)
+    recipe = replace(ROSE, rewordings=0, bystanders=0, waypoints=0, steps=6, lr=0.05, stop_loss=0.0, layers=LAYERS)
     before = weights(model)
     result = Editor(model, tokenizer).apply(IMO, recipe=recipe, verify=False)
     done = rose_naive.edit(plain, tokenizer, IMO, recipe)
