@@ -9,10 +9,9 @@ is one way to z. But the keys K of a layer depend on what the layers before it w
 subject's later keys unlike all others, and then a large one costs little. So each edited layer but the last gets a direction m_l of its
 own, the same for all rows of a subject, and
 
-    sum over l of tr(R_l (D_l + K_l^T C_l^-1 K_l)^-1 R_l^T),    R_l = m_l,  R_L = z - h_L,
+    sum over l of tr(R_l (I + K_l^T C_l^-1 K_l)^-1 R_l^T),    R_l = m_l,  R_L = z - h_L,
 
-is minimised over the m_l by L-BFGS: a handful of tokens, each the last of a subject, through the few edited layers. D, the identity where
-keys are ordinary, grows with those that stand out (`column_weights`), for the write to leave what it should not copy. What is written
+is minimised over the m_l by L-BFGS: a handful of tokens, each the last of a subject, through the few edited layers. What is written
 where is `write`'s; the layers' arithmetic is `block`'s where it knows them, and the library's elsewhere.
 """
 
@@ -38,16 +37,6 @@ from rose_engine.precondition import Preconditioner
 
 # Steps whose curvature L-BFGS remembers.
 HISTORY = 20
-# Of a residual one part in so many is left, however far a key stands out: closer, the differences of a subject's rows would be written too.
-EXACT = 200.0
-
-
-def column_weights(count: Tensor, subject: Tensor, reach: Tensor) -> Tensor:
-    """What columns weigh in a write, for all rows of their subject together about EXACT / reach at most.
-
-    count [n]: rows that each stands for; subject [n] or one number: those of its subject. reach [n]: k^T C^-1 k of its key.
-    """
-    return count / (1 + subject * reach / EXACT)
 
 
 @dataclass(frozen=True)
@@ -166,14 +155,12 @@ class _Costs:
     def __call__(self, place: int, K: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The cost of residuals [n, d] at keys [n, d_in] in the edited layer `place`, and its gradients in keys and residuals; float64.
 
-        With G = K^T C^-1 K, D = diag(1 / weight(G_cc)) and B = (D + G)^-1 R^T the cost is tr(R B), its gradient in R is 2 B, in G -B B^T
-        and in D -diag(B B^T).
+        A column that stands for c rows is one whose key and residual are sqrt(c) times as long: with G = K^T C^-1 K, D = diag(1 / c) and
+        B = (D + G)^-1 R^T the cost is tr(R B), its gradient in R 2 B, in G -B B^T, and in K -2 C^-1 K B B^T.
         """
         P, factor, scale = self._system(place, K)
         cost, B, scale = self._solve(R, P, factor, scale)
-        S = B @ B.T
-        S.diagonal().mul_(1 + self.count.sum() / (EXACT * self.count))
-        return cost, -2 * S @ P, 2 * B * scale
+        return cost, -2 * (B @ B.T) @ P, 2 * B * scale
 
     def _system(self, place: int, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """P^T = K^T C^-1 [n, d_in], the factor of D + G [n, n], and how much the projection has to put out of a residual [n, d]."""
@@ -183,7 +170,7 @@ class _Costs:
         P = held.solved(K.T).T.double() / held.ridge
         G = held.total(K.double() @ P.T)
         G = (G + G.T) / 2
-        G.diagonal().add_(1 / column_weights(self.count, self.count.sum(), G.diagonal()))
+        G.diagonal().add_(1 / self.count)
         return P, torch.linalg.cholesky_ex(G)[0], scale
 
     def _solve(self, R: Tensor, P: Tensor, factor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:

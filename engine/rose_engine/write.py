@@ -24,7 +24,7 @@ from rose_engine.forward import run_layers, run_tree, tree_on, whole_tree
 from rose_engine.keys import every_key, reading
 from rose_engine.precondition import Preconditioner
 from rose_engine.recipe import Recipe
-from rose_engine.waypoints import Course, column_weights, course, waypoints
+from rose_engine.waypoints import Course, course, waypoints
 from rose_kernels import add_low_rank_, forget_refused, raise_refused, rank_gram, rank_solve, rank_update_
 from rose_kernels.rank_update import check_finite
 
@@ -79,7 +79,6 @@ def write_layers(
     node, owner = on([node for node, _ in columns]), on([owner for _, owner in columns])
     z = wanted[on([rows[0] for rows in columns.values()])] + delta[owner]
     count = on([float(len(rows)) for rows in columns.values()])
-    of_subject = torch.zeros(len(delta), device=device).index_add(0, owner, count)[owner]
 
     layers, last = recipe.layers, recipe.last_layer
     near = every_key(decoder, bystanders, layers)  # each before its layer is written
@@ -99,10 +98,8 @@ def write_layers(
             reached = run_layers(decoder, hidden, tree.position, range(layer, until + 1), attention)
         K = keys[layer][node].float().T
         R = decoder.before_norm(layer, keys[layer][node], (aim - reached[node].float()) / share).T
-        P, weight = protected.apply(K), count
-        if aims is not None:
-            weight = column_weights(count, of_subject, _reach(protected, K, P))
-        alone, root = P is K, weight.sqrt()
+        P, root = protected.apply(K), count.sqrt()
+        alone = P is K
         K, R, P = K * root, R * root, P * root
         if recipe.columns == "mean":
             K, R, P = _mean_columns(K, R, P, root, owner)
@@ -116,11 +113,6 @@ def write_layers(
 
 def _beside(held: Preconditioner, near: Tensor | None) -> Preconditioner:
     return held if near is None else held.beside(near)
-
-
-def _reach(held: Preconditioner, K: Tensor, P: Tensor) -> Tensor:
-    """k^T C^-1 k [n] of keys K [d_in, n], of which P are what `held.apply` makes."""
-    return (held.total((K.double() * P).sum(0)) / held.ridge).float()
 
 
 def _aims(
@@ -143,13 +135,8 @@ def _aims(
         found = waypoints(along, index, count[mine], z[mine], delta[s], held, evaluations)
         aims[:, mine] = found.hidden
         if s != subjects[-1]:
-            held = [_with_keys(one, keys.T, count[mine]) for one, keys in zip(held, found.keys, strict=True)]
+            held = [one.joined(keys.T * count[mine].sqrt()) for one, keys in zip(held, found.keys, strict=True)]
     return aims
-
-
-def _with_keys(held: Preconditioner, K: Tensor, count: Tensor) -> Preconditioner:
-    """With keys K [d_in, n] of one subject, weighed as they will be written."""
-    return held.joined(K * column_weights(count, count.sum(), _reach(held, K, held.apply(K))).sqrt())
 
 
 def _update(decoder: Decoder, layer: int, K: Tensor, R: Tensor, P: Tensor | None, ridge: float) -> tuple[Factors, Tensor]:

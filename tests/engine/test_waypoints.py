@@ -13,7 +13,7 @@ from rose_engine.keys import every_key
 from rose_engine.optimize import subject_rows
 from rose_engine.precondition import preconditioner
 from rose_engine.recipe import ROSE
-from rose_engine.waypoints import EXACT, column_weights, course, waypoints
+from rose_engine.waypoints import course, waypoints
 from rose_engine.write import write_layers
 
 from tests.conftest import IMO, MARTEAU
@@ -36,13 +36,13 @@ def setting(make_model, tokenizer, kind="llama", **extra):
 
 
 def cost_of(held, count, keys, residuals):
-    """sum over layers of tr(R (D + K^T C^-1 K)^-1 R^T), D = diag((1 + rows k^T C^-1 k / EXACT) / count), in float64."""
+    """sum over layers of tr(R (D + K^T C^-1 K)^-1 R^T), D = diag(1 / count), in float64."""
     total = 0.0
     for one, K, R in zip(held, keys, residuals, strict=True):
         identity = torch.eye(K.shape[1], dtype=torch.float64)
         inverse = torch.stack([one.apply(column[:, None].float())[:, 0] for column in identity], 1).double() / one.ridge
         G = K @ inverse @ K.T
-        D = torch.diag((1 + count.sum() * G.diagonal() / EXACT) / count)
+        D = torch.diag(1 / count)
         total = total + (R * torch.linalg.solve(D + G, R)).sum()
     return total
 
@@ -141,13 +141,6 @@ def test_a_write_along_waypoints_reaches_the_values(make_model, tokenizer, subje
             moved[evaluations] = float((after(judged) - before).norm())
     assert left[40] < left[0] + 0.1
     assert moved[40] < moved[0]
-
-
-def test_column_weights():
-    count, reach = torch.tensor([2.0, 3.0]), torch.tensor([1e-6, 1e6])
-    light, heavy = column_weights(count, count.sum(), reach).tolist()
-    assert light == pytest.approx(2, rel=1e-4)
-    assert heavy == pytest.approx(3 / (1 + 5e6 / EXACT))
 
 
 def test_a_cost_that_is_not_finite_is_an_error(make_model, tokenizer):
