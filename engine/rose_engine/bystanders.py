@@ -2,8 +2,7 @@
 
 Two thirds are prompts of the edits and their rewordings with other names, the rest statements of any kind. The former keep what an edit's
 own words say, the latter names and relations of which it says nothing; beside them stand names that end as a subject does
-(docs/value-generalisation.md). They are read for the keys of all
-their tokens; none has a target.
+(docs/value-generalisation.md). They are read for the keys of all their tokens; none has a target.
 """
 
 from __future__ import annotations
