@@ -59,7 +59,7 @@ class Recipe:
     corpus: str = "model"
     corpus_tokens: int = 32_768
     bystanders: int = 288
-    waypoints: int = 30
+    waypoints: int = 20
     sequential: Literal["joint", "protect", "plain"] = "joint"
     seed: int = 0
 

@@ -37,6 +37,9 @@ from rose_engine.precondition import Preconditioner
 
 # Steps whose curvature L-BFGS remembers.
 HISTORY = 20
+# The share of the value that every m_l begins with, so that most of it is written in the last layer. From even shares L-BFGS takes nearly
+# twice the evaluations; from nothing it comes to lower costs still, which a few others feel more (docs/value-generalisation.md).
+START = 0.05
 
 
 @dataclass(frozen=True)
@@ -95,16 +98,16 @@ def waypoints(
 ) -> Passed:
     """The waypoints of one subject's n columns: the hidden states that are wanted after each edited layer, of which the last are z.
 
-    index [n]: the columns' rows. count [n]: the rows that each stands for. z [n, d], delta [d] float32: the subject's, of which an even
-    share is where every m_l starts. held: what the write of each layer protects, C. evaluations: of the cost and its gradient, one at
-    least. ValueError where the cost is not finite to begin with.
+    index [n]: the columns' rows. count [n]: the rows that each stands for. z [n, d], delta [d] float32: the subject's, of which START is
+    where every m_l begins. held: what the write of each layer protects, C. evaluations: of the cost and its gradient, one at least.
+    ValueError where the cost is not finite to begin with.
     """
     sharding = along.decoder.sharding
     suffixes = pack_suffixes(along.rows, along.tree.path, index).to(z.device)
     costs = _Costs(along.decoder, along.layers, held, count, along.keys[suffixes.node].float())
     run = partial(_library_run if along.blocks is None else _written_run, along, suffixes, z, costs)
     unit = float(delta.norm()) or 1.0
-    x = (delta / (len(along.layers) * unit)).repeat(len(along.layers) - 1, 1).requires_grad_()
+    x = (START * delta / unit).repeat(len(along.layers) - 1, 1).requires_grad_()
     best = run(x.detach() * unit)
     if not math.isfinite(best.cost):
         raise ValueError("what the writes would cost is not finite; a larger ridge or float32 weights may help")
