@@ -70,7 +70,18 @@ def radius(editor: Editor, rows: Sequence[Row], delta: torch.Tensor, step: float
 
 
 # What two recipes may differ in that optimise the same value.
-WRITE = ("name", "preconditioner", "covariance_weight", "null_threshold", "columns", "ridge", "bystanders", "corpus", "corpus_tokens")
+WRITE = (
+    "name",
+    "preconditioner",
+    "covariance_weight",
+    "null_threshold",
+    "columns",
+    "ridge",
+    "bystanders",
+    "waypoints",
+    "corpus",
+    "corpus_tokens",
+)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def shapes(name: str) -> Shapes:
 def row(s: Shapes, facts: int, bandwidth: float, rate: float) -> dict[str, float]:
     """Figures of one model; bytes and seconds."""
     work = typical_work(1, facts, ROSE.forms)
-    model, others = s.parameters * s.element, bystander_nodes(ROSE)
+    model, others = s.parameters * s.element, bystander_nodes(ROSE, 1)
     need = memory(s, work, ROSE, "cuda")["total"]
     ranks = 1 << max(0, math.ceil(math.log2((model + need) / (0.9 * GPU_BYTES))))
     edit = sum(seconds(s, work, ROSE, lambda rows: max(s.element / bandwidth, 2 * rows / rate)).values()) / ranks

@@ -130,7 +130,7 @@ class Decoder:
         y = self.projection(layer)(key.to(self.head.dtype)).float()
         gain = norm(torch.ones_like(y[:1], dtype=self.head.dtype)).float()
         reached = gain.abs() > 1e-3 * gain.abs().max()  # a coordinate that the norm shuts off cannot be moved
-        return torch.where(reached, residual * y.pow(2).mean(-1, keepdim=True).sqrt() / gain, 0.0)
+        return residual * y.pow(2).mean(-1, keepdim=True).sqrt() * torch.where(reached, 1 / gain, 0.0)
 
     def projection(self, layer: int) -> nn.Module:
         """The edited projection of a layer, which maps the key to the MLP's output."""

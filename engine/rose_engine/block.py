@@ -64,7 +64,9 @@ class Block:
 
 
 def block_of(layer: nn.Module) -> Block | None:
-    """The parts of a layer, or None where the library has to run it: another family, a hook or an adapter in it, another dtype."""
+    """The parts of a layer, or None where the library has to run it: another family, another dtype, an adapter or a hook in it.
+
+    Hooks of spread weights and of readers do not count; readers are given their keys by `run` alone."""
     if type(layer).__name__ not in LAYERS or any(_changed(m) for m in layer.modules()):
         return None
     a, mlp = layer.self_attn, layer.mlp

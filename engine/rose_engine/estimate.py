@@ -8,7 +8,8 @@ Memory (bytes; b: of a weight's element):
     logits        up to OUTPUT_ROWS x vocabulary in float32, and a row a subject for the regulariser's reference
     weights       the edited weights once more, for `all_or_nothing` while the write runs, the factors, and bystanders: temporaries of
                   their tokens, and of one layer their keys twice in float32 and their products three times in float64;
-                  where waypoints are chosen, what protects the bystanders in all edited layers
+                  where waypoints are chosen, what protects the bystanders in all edited layers, and the keys of a write's
+                  other subjects beside it
     coordinates   of values, d x d, in float64 on a CPU and float32 elsewhere; while they are made, four such in float64
     base          the edited weights as they were, for `revert`: in host memory, from the first edit on
 The first four are held while values are optimised, the next afterwards: the larger of the two is the peak, beside coordinates and base.
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from rose_engine.architecture import Decoder
+from rose_engine.bystanders import NAMESAKES
 from rose_engine.forward import OUTPUT_ROWS
 from rose_engine.optimize import BATCH_TOKENS, STEP_TOKENS, SubjectRows, batches_of
 from rose_engine.packing import build_tree, inputs, split_rows
@@ -129,9 +131,9 @@ def typical_work(subjects: int, facts: int, forms: int) -> Work:
     return Work(tuple(batches), round(facts_rows * WRITE_NODES), round(facts_rows * COLUMNS))
 
 
-def bystander_nodes(recipe: Recipe) -> int:
+def bystander_nodes(recipe: Recipe, subjects: int) -> int:
     """Nodes of the tree of a recipe's bystanders, each of which has a key that is protected, as texts are on average."""
-    return round(recipe.bystanders * BYSTANDER)
+    return round((recipe.bystanders + NAMESAKES * subjects) * BYSTANDER) if recipe.bystanders else 0
 
 
 def memory(shapes: Shapes, work: Work, recipe: Recipe, device: str | torch.device = "cpu") -> dict[str, float]:
@@ -150,13 +152,15 @@ def memory(shapes: Shapes, work: Work, recipe: Recipe, device: str | torch.devic
         }
         step = max((step, now), key=lambda parts: sum(parts.values()))
     base = len(recipe.layers) * s.d * s.d_in * s.element
-    others = bystander_nodes(recipe)
+    subjects = sum(batch.subjects for batch in work.batches)
+    others = bystander_nodes(recipe, subjects)
     weights = base + len(recipe.layers) * 4 * work.columns * (s.d + s.d_in)
     weights += others * (2 * s.d_in * s.element + 16 * s.d + 8 * s.d_in + 24 * others)
     host = torch.device(device).type == "cpu"
-    if recipe.waypoints:
-        wide = 8 if host else 4
-        weights += len(recipe.layers) * (8 * s.d_in**2 if 2 * others >= s.d_in else others * (wide * s.d_in + 8 * others))
+    if recipe.waypoints and len(recipe.layers) > 1:
+        wide, joined = (12 if host else 4), work.columns * (subjects > 1)
+        held = 8 * s.d_in**2 if 4 * others >= 3 * s.d_in else others * (wide * s.d_in + 8 * others)
+        weights += len(recipe.layers) * (held + 2 * joined * (wide * s.d_in + 8 * joined))
     coordinates, making = ((8 if host else 4) * s.d**2, 4 * 8 * s.d**2) if recipe.fisher else (0, 0)
     return {
         **step,
@@ -176,10 +180,10 @@ def seconds(shapes: Shapes, work: Work, recipe: Recipe, rate: Callable[[int], fl
     step += sum(2 * head * rate(b.read) for b in work.batches)
     passes = sum(recipe.last_layer + 1 - layer for layer in recipe.layers) + below  # each layer is read with the ones before it written
     write = passes * s.layer * rate(work.write_nodes) + len(recipe.layers) * s.d * s.d_in * rate(2 * work.columns)
-    if recipe.waypoints:
+    if recipe.waypoints and len(recipe.layers) > 1:
         write += recipe.waypoints * 2 * (recipe.last_layer - recipe.layers[0]) * s.layer * rate(work.columns)
     if recipe.bystanders:
-        write += below * s.layer * rate(bystander_nodes(recipe))
+        write += below * s.layer * rate(bystander_nodes(recipe, sum(batch.subjects for batch in work.batches)))
     return {"prepare": prepare, "optimise": recipe.steps * step, "write": write}
 
 

@@ -4,7 +4,8 @@ A base says what C is before anything is protected. `identity` is IGA (eq. 10), 
 over a corpus; `null_space` AlphaEdit's, which keeps of a key what lies outside the corpus. Protected keys K_p join a base, C + K_p K_p^T:
 those of texts about others, MEMIT's covariance with the few texts that matter in the place of a corpus, and those of earlier
 edits, with which a write is a step of recursive least squares. What is solved for them is m x m and grows by a block when keys
-join; a d_in x d_in matrix exists only where a corpus was asked for, and is factorised once.
+join; a d_in x d_in matrix exists only where a corpus was asked for, and is factorised once, or where protected keys are nearly as many
+as d_in.
 """
 
 from __future__ import annotations
@@ -104,10 +105,10 @@ class Preconditioner:
             raise ValueError(f"the protected keys' system is not positive definite (leading minor {int(info)} of {len(system)})")
         # The identity adjusts nothing: one tensor serves as both.
         if first:  # nothing to lay beside: no copy of what is large
-            joined = keys.float()
+            joined = keys.to(self.keys.dtype)
             return replace(self, keys=joined, adjusted=joined if b is keys else b, factor=corner)
         top = torch.cat([self.factor, self.factor.new_zeros(X.shape)], 1)
-        joined = torch.cat([self.keys, keys.float()], 1)
+        joined = torch.cat([self.keys, keys.to(self.keys.dtype)], 1)
         adjusted = joined if b is keys else torch.cat([self.adjusted.to(b.dtype), b], 1)
         return replace(self, keys=joined, adjusted=adjusted, factor=torch.cat([top, torch.cat([X.T, corner], 1)]))
 
@@ -119,9 +120,10 @@ class Preconditioner:
     def beside(self, keys: Tensor) -> Preconditioner:
         """With more keys [d_in, n] for one write: C as it is becomes the base, and its factor is not copied into a larger one.
 
-        Where keys are half as many as d_in, and the identity below them, ridge C^-1 itself is asked in less time and becomes the base.
+        Where keys are three quarters as many as d_in, and the identity below them, ridge C^-1 itself is no larger than they and their
+        factor, is asked in less time, and becomes the base.
         """
-        if self.base is identity and self.total is alone and 2 * (self.keys.shape[1] + keys.shape[1]) >= len(keys):
+        if self.base is identity and self.total is alone and 4 * (self.keys.shape[1] + keys.shape[1]) >= 3 * len(keys):
             return preconditioner(len(keys), self.ridge, dense(torch.cat([self.keys, keys.float()], 1), self.ridge), keys.device)
         return preconditioner(len(keys), self.ridge, self.solved, keys.device, self.total).joined(keys)
 

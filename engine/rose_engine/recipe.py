@@ -30,10 +30,10 @@ class Recipe:
     preconditioner: C is the "identity" times ridge (eq. 10), the "covariance" covariance_weight * E[k k^T] (ridge cancels), or the
     "null_space" below null_threshold of E[k k^T] is kept, with ridge. corpus: what E is taken over, `corpus_tokens` tokens of it: "model"
     is text sampled from the model with `seed`; else see `moments.texts_of`. bystanders: how many texts about other subjects the write
-    keeps from moving, two thirds of them in the words of the edits and their rewordings (`bystanders`); 0 is none. waypoints: how often the
-    cost of the writes is evaluated to choose what each layer writes (`waypoints`); 0 writes an even share in each. sequential: "joint"
-    solves a write together with all earlier ones (`memory`) and does a subject's earlier facts again with its new ones; "protect"
-    does the first alone; "plain" does neither.
+    keeps from moving, two thirds of them in the words of the edits and their rewordings, and six more a subject (`bystanders`); 0 is
+    none. waypoints: how often the cost of the writes is evaluated to choose what each layer writes (`waypoints`); 0 writes an even share
+    in each. sequential: "joint" solves a write together with all earlier ones (`memory`) and does a subject's earlier facts again with
+    its new ones; "protect" does the first alone; "plain" does neither.
     """
 
     name: str = "rose"
@@ -76,6 +76,8 @@ class Recipe:
         for name in ("weight_decay", "kl", "stop_loss", "noise", "fisher", "bystanders", "waypoints", "rewordings"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, given {getattr(self, name)}")
+        if self.waypoints and (self.columns, self.grouping) != ("row", "subject"):
+            raise ValueError("waypoints are chosen for a column a row and a value a subject; waypoints=0 writes even shares of others")
         if self.fisher == math.inf:
             raise ValueError("fisher must be finite, given inf")
 

@@ -18,10 +18,10 @@ where is `write`'s; the layers' arithmetic is `block`'s where it knows them, and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -77,13 +77,17 @@ def course(decoder: Decoder, rows: Sequence[Row], tree: Tree, hidden: Tensor, la
 
 @dataclass(frozen=True)
 class Passed:
-    """What some m_l lead to: the cost, its gradient in them [layers - 1, d], and after each edited layer the hidden states [layers, n, d];
-    keys: of each the columns' keys [n, d_in], on this rank."""
+    """What some m_l lead to: the cost, the gradient of its logarithm in them [layers - 1, d], and after each edited layer the hidden
+    states [layers, n, d]; keys: of each the columns' keys [n, d_in], on this rank."""
 
     cost: float
     grad: Tensor
     hidden: Tensor
     keys: tuple[Tensor, ...]
+
+
+# (place among the edited layers, keys [n, d_in], residuals [n, d]) -> the cost of that write and its gradients in both, float64.
+Price = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -104,28 +108,28 @@ def waypoints(
     """
     sharding = along.decoder.sharding
     suffixes = pack_suffixes(along.rows, along.tree.path, index).to(z.device)
-    costs = _Costs(along.decoder, along.layers, held, count, along.keys[suffixes.node].float())
-    run = partial(_library_run if along.blocks is None else _written_run, along, suffixes, z, costs)
+    price = prices(held, count, along.keys[suffixes.node].float())
+    run = partial(_library_run if along.blocks is None else _written_run, along, suffixes, z, price)
     unit = float(delta.norm()) or 1.0
     x = (START * delta / unit).repeat(len(along.layers) - 1, 1).requires_grad_()
-    best = run(x.detach() * unit)
+    best = begun = run(x.detach() * unit)
     if not math.isfinite(best.cost):
         raise ValueError("what the writes would cost is not finite; a larger ridge or float32 weights may help")
 
     def evaluate() -> float:
         """The logarithm of the cost, which has no scale; x takes its gradient."""
-        nonlocal best
-        passed = run(x.detach() * unit)
+        nonlocal best, begun
+        passed, begun = begun or run(x.detach() * unit), None
         told = torch.cat([passed.grad.flatten().double(), z.new_tensor([passed.cost], dtype=torch.float64)])
         if sharding is not None:  # ranks that share weights take the same steps
             sharding.same(told)
         cost = float(told[-1])
-        if not 0 < cost < math.inf:  # the line search comes back from there
+        if cost <= 0 or not told.isfinite().all():  # high and level, from where the line search comes back
             x.grad = torch.zeros_like(x)
-            return math.inf
+            return math.log(sys.float_info.max)
         if cost < best.cost:
             best = replace(passed, cost=cost)
-        x.grad = (told[:-1] * (unit / cost)).view_as(x).float()
+        x.grad = (told[:-1] * unit).view_as(x).float()
         return math.log(cost)
 
     if evaluations > 1 and best.cost > 0:
@@ -141,95 +145,89 @@ def waypoints(
     return best
 
 
-class _Costs:
+def prices(held: Sequence[Preconditioner], count: Tensor, first: Tensor) -> Price:
     """What the writes of one subject's columns cost. count [n]: the rows that each stands for. first [n, d_in]: the keys in the first
-    edited layer, which no waypoint moves, so that its system is factorised once."""
+    edited layer, which no waypoint moves, so that its system is factorised once.
 
-    def __init__(self, decoder: Decoder, layers: Sequence[int], held: Sequence[Preconditioner], count: Tensor, first: Tensor):
-        self.decoder, self.layers, self.held, self.count = decoder, layers, held, count.double()
-        self.first_keys, self.fixed = first, self._system(0, first)
-
-    def first(self, R: Tensor) -> tuple[Tensor, Tensor]:
-        """The cost of residuals [n, d] in the first edited layer, and its gradient in them [n, d]; float64."""
-        cost, B, scale = self._solve(R, *self.fixed)
-        return cost, 2 * B * scale
+    A column that stands for c rows is one whose key and residual are sqrt(c) times as long: with G = K^T C^-1 K, D = diag(1 / c) and
+    B = (D + G)^-1 R^T the cost is tr(R B), its gradient in R 2 B, in G -B B^T, and in K -2 C^-1 K B B^T. It is not finite where the
+    system is not positive definite.
+    """
+    inverse = 1 / count.double()
+    fixed = _system(held[0], first, inverse)
 
     @torch.no_grad()
-    def __call__(self, place: int, K: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The cost of residuals [n, d] at keys [n, d_in] in the edited layer `place`, and its gradients in keys and residuals; float64.
+    def price(place: int, K: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        P, factor = _system(held[place], K, inverse) if place else fixed
+        R = R.double()
+        B = torch.cholesky_solve(R, factor).contiguous()
+        return (R * B).sum(), -2 * (B @ B.T) @ P, 2 * B
 
-        A column that stands for c rows is one whose key and residual are sqrt(c) times as long: with G = K^T C^-1 K, D = diag(1 / c) and
-        B = (D + G)^-1 R^T the cost is tr(R B), its gradient in R 2 B, in G -B B^T, and in K -2 C^-1 K B B^T.
-        """
-        P, factor, scale = self._system(place, K)
-        cost, B, scale = self._solve(R, P, factor, scale)
-        return cost, -2 * (B @ B.T) @ P, 2 * B * scale
-
-    def _system(self, place: int, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """P^T = K^T C^-1 [n, d_in], the factor of D + G [n, n], and how much the projection has to put out of a residual [n, d]."""
-        d = self.decoder.embedding.embedding_dim
-        scale = self.decoder.before_norm(self.layers[place], K, torch.ones(len(K), d, device=K.device))
-        held = self.held[place]
-        P = held.solved(K.T).T.double() / held.ridge
-        G = held.total(K.double() @ P.T)
-        G = (G + G.T) / 2
-        G.diagonal().add_(1 / self.count)
-        return P, torch.linalg.cholesky_ex(G)[0], scale
-
-    def _solve(self, R: Tensor, P: Tensor, factor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        asked = (R * scale).double()
-        B = torch.cholesky_solve(asked, factor).contiguous()
-        return (asked * B).sum(), B, scale
+    return price
 
 
-def _written_run(along: Course, suffixes: Suffixes, z: Tensor, costs: _Costs, m: Tensor) -> Passed:
+def _system(held: Preconditioner, K: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """P = K^T C^-1 [n, d_in] and the factor of D + G [n, n], D = diag(inverse); float64."""
+    P = held.solved(K.T).T.double() / held.ridge
+    G = held.total(K.double() @ P.T)
+    G = (G + G.T) / 2
+    G.diagonal().add_(inverse)
+    factor, info = torch.linalg.cholesky_ex(G)
+    return P, factor.where(info == 0, math.nan)
+
+
+@torch.no_grad()
+def _written_run(along: Course, suffixes: Suffixes, z: Tensor, price: Price, m: Tensor) -> Passed:
     """The course with m [layers - 1, d] written, by `block`."""
     layers, blocks, start = along.layers, along.blocks, along.hidden[suffixes.node].float()
     place = {layer: i for i, layer in enumerate(layers)}
     context = context_of(along.decoder, suffixes, start, along.prefix, torch.arange(len(along.hidden)), along.above)
     space = block.Workspace(along.decoder.head.dtype)
-    total, slope = costs.first(m[:1].expand_as(start))
-    slopes, kept, hidden, keys = [slope], [], [x := start + m[0]], [costs.first_keys]
+    keys = [along.keys[suffixes.node].float()]
+    total, _, slope = price(0, keys[0], m[:1].expand_as(start))
+    slopes, kept, hidden = [slope], [], [x := start + m[0]]
     for j, layer in enumerate(along.above):
         x, saved = block.layer_forward(blocks[j], context, context.past[j], x, partial(space.take, j))
         key = None
         if (i := place.get(layer)) is not None:
             R = z - x if layer == layers[-1] else m[i].expand_as(x)
             keys.append(block.key_of(saved).float())
-            cost, key, slope = costs(i, keys[-1], R)
+            cost, key, slope = price(i, keys[-1], R)
             total = total + cost
             slopes.append(slope)
             hidden.append(x := x + R)
         kept.append((saved, key))
-    grad, grads = -slopes[-1].float(), []
+    grad, grads = -(slopes[-1] / total).float(), []
     for j in reversed(range(len(blocks))):
         saved, key = kept[j]
-        grad = block.layer_backward(blocks[j], context, context.past[j], saved, grad, key=None if key is None else key.float())
+        grad = block.layer_backward(blocks[j], context, context.past[j], saved, grad, key=None if key is None else (key / total).float())
         if (i := place.get(along.above[j] - 1)) is not None:
-            grads.append((slopes[i] + grad).sum(0).float())
+            grads.append((slopes[i] / total + grad).sum(0).float())
     return Passed(float(total), torch.stack(grads[::-1]), torch.stack(hidden), tuple(keys))
 
 
-def _library_run(along: Course, suffixes: Suffixes, z: Tensor, costs: _Costs, m: Tensor) -> Passed:
+def _library_run(along: Course, suffixes: Suffixes, z: Tensor, price: Price, m: Tensor) -> Passed:
     """The same by the library's layers and autograd."""
     decoder, layers = along.decoder, along.layers
     layout = SuffixAttention(suffixes, along.prefix, torch.arange(len(along.hidden), device=z.device))
-    start = along.hidden[suffixes.node]
-    total, slope = costs.first(m[:1].expand_as(z))
+    x, key = along.hidden[suffixes.node], along.keys[suffixes.node]
     m = m.detach().requires_grad_()
+    total, hidden, found, outputs, slopes = 0.0, [], [], [], []
     with torch.enable_grad():
-        x = start + m[0].to(start.dtype)
-        hidden, found, outputs, slopes = [x.detach().float()], [costs.first_keys], [m[:1].expand_as(z)], [slope.float()]
-        for i, (before, layer) in enumerate(pairwise(layers), 1):
-            with reading(decoder, [layer]) as keys:
-                x = run_layers(decoder, x, suffixes.position, range(before + 1, layer + 1), layout)
+        for i, layer in enumerate(layers):
+            if i:
+                with reading(decoder, [layer]) as keys:
+                    x = run_layers(decoder, x, suffixes.position, range(layers[i - 1] + 1, layer + 1), layout)
+                key = keys[layer]
             R = z - x.float() if layer == layers[-1] else m[i].expand_as(z)
-            found.append(keys[layer].detach().float())
-            cost, *slope = costs(i, found[-1], R.detach())
+            asked = decoder.before_norm(layer, key, R)
+            found.append(key.detach().float())
+            cost, in_keys, in_asked = price(i, found[-1], asked.detach())
             total = total + cost
-            outputs += [keys[layer], R]
-            slopes += [slope[0].to(keys[layer].dtype), slope[1].float()]
-            x = x + R.to(x.dtype)
-            hidden.append(x.detach().float())
-        (grad,) = torch.autograd.grad(outputs, m, slopes)
+            outputs += [key, asked] if i else [asked]  # the first keys stay where they are
+            slopes += [in_keys, in_asked] if i else [in_asked]
+            wanted = x.float() + R
+            hidden.append(wanted.detach())
+            x = wanted.to(x.dtype)
+        (grad,) = torch.autograd.grad(outputs, m, [(slope / total).to(out.dtype) for out, slope in zip(outputs, slopes, strict=True)])
     return Passed(float(total), grad, torch.stack(hidden), tuple(found))

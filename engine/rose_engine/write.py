@@ -1,7 +1,8 @@
 """The weights: spread each value's residual over the edited layers and write it, layer by layer (IGA, method.md section 2).
 
-At layer l the columns are the rows' keys k_i (input of the edited projection at the subject's last token) and residuals
-(z_i - h_i) / (edited layers from l to L), read from the model as the layers before l left it. Rows whose texts agree up to the subject's
+At layer l the columns are the rows' keys k_i (input of the edited projection at the subject's last token) and residuals, read from the
+model as the layers before l left it: what is missing after l of the waypoint there (`waypoints`), or an even share of what is missing of z
+after L, (z_i - h_i) / (edited layers from l to L). Rows whose texts agree up to the subject's
 last token have one key and one residual; they are one column weighted by the square root of their number, which is the
 same update with a smaller system. The keys of earlier edits and of bystanders, texts that the edit must not touch, enter the
 preconditioner.
@@ -125,7 +126,8 @@ def _aims(
     held: Sequence[Preconditioner],
     evaluations: int,
 ) -> Tensor:
-    """The waypoints of all columns [layers, n, d], subject after subject; what the next is told apart from has the keys of those before."""
+    """The waypoints of all columns [layers, n, d], subject after subject; what the next is told apart from has the keys of those before,
+    though not what those write at its own, which the write itself takes into account."""
     if z.device.type == "cpu":  # where widening keys again for every evaluation is what takes longest
         held = [one.widened() for one in held]
     aims, subjects = z.new_empty(len(held), *z.shape), owner.unique().tolist()

@@ -98,7 +98,7 @@ def keys_in_float64(model, tokenizer, edits, layer, form):
     return torch.stack([k[row.last] for k, row in zip(found, rows, strict=True)])
 
 
-@pytest.mark.parametrize("recipe", [TINY, replace(TINY, ridge=7.0, columns="mean")])
+@pytest.mark.parametrize("recipe", [TINY, replace(TINY, ridge=7.0, columns="mean", waypoints=0)])
 def test_deviation_and_bounds_are_those_of_float64(make_model, tokenizer, recipe):
     editor = Editor(make_model(initializer_range=0.3), tokenizer, recipe)
     base = in_float64(editor.model)
@@ -235,7 +235,7 @@ def test_a_failed_certificate_leaves_the_weights(make_model, tokenizer, monkeypa
 
 
 def test_mean_columns_and_grouping_by_fact_are_certified(make_model, tokenizer):
-    editor = Editor(make_model(initializer_range=0.3), tokenizer, replace(TINY, grouping="fact", columns="mean"))
+    editor = Editor(make_model(initializer_range=0.3), tokenizer, replace(TINY, grouping="fact", columns="mean", waypoints=0))
     certificate = editor.apply((*IMO, *LIN), certify=True, verify=False).certificate
     assert [len(s.facts) for s in certificate.subjects] == [3, 2]
 
