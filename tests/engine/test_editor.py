@@ -41,7 +41,7 @@ def test_rewordings_are_edited_and_kept(make_model, tokenizer, tmp_path):
     other = "Those who ask for {} are told"
     chance = {}
     for rewordings in ((), (other,)):
-        editor = Editor(make_model(initializer_range=0.2), tokenizer, replace(TINY, steps=100, lr=0.5))
+        editor = Editor(make_model(initializer_range=0.2), tokenizer, replace(TINY, steps=100, lr=0.5, waypoints=0))
         result = editor.apply([replace(LIN[0], rewordings=rewordings), *LIN[1:]], verify=False)
         chance[rewordings] = editor.verify([replace(LIN[0], prompt=other)])[0]["prompt"]["probability"]
         result.delta.save(tmp_path / "d.safetensors")
