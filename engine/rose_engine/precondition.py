@@ -60,15 +60,24 @@ def null_space(Q: Tensor) -> Base:
     return lambda K: Q @ (Q.T @ K.double())
 
 
-def dense(keys: Tensor, ridge: float) -> Base:
-    """C = ridge I + K_p K_p^T of keys K_p [d_in, m] float32, inverted [d_in, d_in] in float64. ValueError where they are not finite."""
+@dataclass(frozen=True)
+class Dense:
+    """A base given by ridge C^-1 [d_in, d_in], asked in its dtype."""
+
+    inverse: Tensor
+
+    def __call__(self, K: Tensor) -> Tensor:
+        return self.inverse @ K.to(self.inverse.dtype)
+
+
+def dense(keys: Tensor, ridge: float) -> Dense:
+    """C = ridge I + K_p K_p^T of keys K_p [d_in, m] float32, inverted in float64. ValueError where they are not finite."""
     C = _own_products(keys.T, keys.T)
     C.diagonal().add_(ridge)
     factor, info = torch.linalg.cholesky_ex(C)
     if int(info):
         raise ValueError(f"the protected keys' system is not positive definite (leading minor {int(info)} of {len(C)})")
-    inverse = torch.cholesky_inverse(factor).mul_(ridge)
-    return lambda K: inverse @ K.double()
+    return Dense(torch.cholesky_inverse(factor).mul_(ridge))
 
 
 def alone(x: Tensor) -> Tensor:
@@ -112,8 +121,11 @@ class Preconditioner:
         adjusted = joined if b is keys else torch.cat([self.adjusted.to(b.dtype), b], 1)
         return replace(self, keys=joined, adjusted=adjusted, factor=torch.cat([top, torch.cat([X.T, corner], 1)]))
 
-    def widened(self) -> Preconditioner:
-        """The same with its keys in float64, for one that is applied many times."""
+    def often(self) -> Preconditioner:
+        """The same for one that is asked many times on a CPU: its keys in float64, so that they are widened once, or ridge C^-1 in
+        float32, half as much to read."""
+        if isinstance(self.base, Dense):
+            return replace(self, base=Dense(self.base.inverse.float()))
         keys = self.keys.double()
         return replace(self, keys=keys, adjusted=keys if self.adjusted is self.keys else self.adjusted.double())
 

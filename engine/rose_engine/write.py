@@ -128,8 +128,8 @@ def _aims(
 ) -> Tensor:
     """The waypoints of all columns [layers, n, d], subject after subject; what the next is told apart from has the keys of those before,
     though not what those write at its own, which the write itself takes into account."""
-    if z.device.type == "cpu":  # where widening keys again for every evaluation is what takes longest
-        held = [one.widened() for one in held]
+    if z.device.type == "cpu":  # where what is protected is what takes longest to read
+        held = [one.often() for one in held]
     aims, subjects = z.new_empty(len(held), *z.shape), owner.unique().tolist()
     for s in subjects:
         mine = (owner == s).nonzero()[:, 0]
