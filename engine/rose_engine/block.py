@@ -66,7 +66,8 @@ class Block:
 def block_of(layer: nn.Module) -> Block | None:
     """The parts of a layer, or None where the library has to run it: another family, another dtype, an adapter or a hook in it.
 
-    Hooks of spread weights and of readers do not count; readers are given their keys by `run` alone."""
+    Hooks of spread weights and of readers do not count; readers are given their keys by `run` alone.
+    """
     if type(layer).__name__ not in LAYERS or any(_changed(m) for m in layer.modules()):
         return None
     a, mlp = layer.self_attn, layer.mlp
@@ -106,10 +107,13 @@ def is_norm(module: nn.Module) -> bool:
 def _changed(module: nn.Module) -> bool:
     """Whether calling a module does something else than its class says."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    hooks = [hook for hook in hooks if getattr(hook, "__module__", "") != READING]
-    if isinstance(getattr(module, "weight", None), DTensor):
-        hooks = [hook for hook in hooks if getattr(hook, "__module__", "") != SPREADING]
-    return bool(hooks or "forward" in vars(module))
+    known = {READING, SPREADING} if isinstance(getattr(module, "weight", None), DTensor) else {READING}
+    return any(_origin(hook) not in known for hook in hooks) or "forward" in vars(module)
+
+
+def _origin(hook: Callable) -> str:
+    """The module that a hook comes from; nothing where it does not say."""
+    return getattr(hook, "__module__", "")
 
 
 def norm_of(module: nn.Module) -> tuple[Tensor, float]:
@@ -198,7 +202,7 @@ def run(block: Block, x: Tensor, cosine: Tensor, sine: Tensor, attend: Attend) -
     """Hidden states [N, d] after a layer of float32 weights, from x [N, d], under any attention."""
     y, kept = _forward(block, cosine, sine, attend, x, None, _fresh)
     for hook in block.mlp.down_proj._forward_pre_hooks.values():
-        if getattr(hook, "__module__", "") == READING:
+        if _origin(hook) == READING:
             hook(block.mlp.down_proj, (key_of(kept)[None],))
     return y
 

@@ -100,6 +100,10 @@ class Work:
     write_nodes: int
     columns: int
 
+    @property
+    def subjects(self) -> int:
+        return sum(batch.subjects for batch in self.batches)
+
 
 def work_of(plans: Sequence[SubjectRows]) -> Work:
     """What is run of these subjects."""
@@ -152,13 +156,12 @@ def memory(shapes: Shapes, work: Work, recipe: Recipe, device: str | torch.devic
         }
         step = max((step, now), key=lambda parts: sum(parts.values()))
     base = len(recipe.layers) * s.d * s.d_in * s.element
-    subjects = sum(batch.subjects for batch in work.batches)
-    others = bystander_nodes(recipe, subjects)
+    others = bystander_nodes(recipe, work.subjects)
     weights = base + len(recipe.layers) * 4 * work.columns * (s.d + s.d_in)
     weights += others * (2 * s.d_in * s.element + 16 * s.d + 8 * s.d_in + 24 * others)
     host = torch.device(device).type == "cpu"
     if recipe.waypoints and len(recipe.layers) > 1:
-        wide, joined = (12 if host else 4), work.columns * (subjects > 1)
+        wide, joined = (12 if host else 4), work.columns * (work.subjects > 1)
         held = 8 * s.d_in**2 if 4 * others >= 3 * s.d_in else others * (wide * s.d_in + 8 * others)
         weights += len(recipe.layers) * (held + 2 * joined * (wide * s.d_in + 8 * joined))
     coordinates, making = ((8 if host else 4) * s.d**2, 4 * 8 * s.d**2) if recipe.fisher else (0, 0)
@@ -183,7 +186,7 @@ def seconds(shapes: Shapes, work: Work, recipe: Recipe, rate: Callable[[int], fl
     if recipe.waypoints and len(recipe.layers) > 1:
         write += recipe.waypoints * 2 * (recipe.last_layer - recipe.layers[0]) * s.layer * rate(work.columns)
     if recipe.bystanders:
-        write += below * s.layer * rate(bystander_nodes(recipe, sum(batch.subjects for batch in work.batches)))
+        write += below * s.layer * rate(bystander_nodes(recipe, work.subjects))
     return {"prepare": prepare, "optimise": recipe.steps * step, "write": write}
 
 
