@@ -199,7 +199,7 @@ class Editor:
         bystanders = bystander_rows(told, self.tokenizer, recipe.bystanders, before_these, found, self.decoder.max_length)
         with all_or_nothing(self.weights(recipe.layers).values()):
             held = partial(self._preconditioner, recipe, names)
-            written = write_layers(self.decoder, rows, owner, values.wanted, values.delta, recipe, held, bystanders)
+            written = write_layers(self.decoder, rows, owner, values.wanted, values.delta, values.loss.tolist(), recipe, held, bystanders)
             clock("write")
             after = snapshot(self.decoder, self.tokenizer, edits, unrelated) if verify else None
             report = compare(edits, unrelated, before, after) if before and after else None

@@ -18,6 +18,8 @@ from torch import Tensor
 
 # Protected keys that are widened to float64 at one time.
 BLOCK = 512
+# The condition number up to which a matrix is inverted in float32: the relative error of that is some 1e-2 then, in square 1e-4.
+FLOAT32_CONDITION = 1e5
 
 # K [d_in, n] float32 -> ridge C^-1 K [d_in, n], float32 or float64.
 Base = Callable[[Tensor], Tensor]
@@ -62,22 +64,36 @@ def null_space(Q: Tensor) -> Base:
 
 @dataclass(frozen=True)
 class Dense:
-    """A base given by ridge C^-1 [d_in, d_in], asked in its dtype."""
+    """A base given by ridge C^-1 [d_in, d_in] of C = ridge I + K_p K_p^T. keys [d_in, m] float32: K_p, where that is in float32: what it
+    gives is then refined once in float64, which leaves the square of its relative error."""
 
     inverse: Tensor
+    ridge: float
+    keys: Tensor | None
 
     def __call__(self, K: Tensor) -> Tensor:
-        return self.inverse @ K.to(self.inverse.dtype)
+        if self.keys is None:
+            return self.inverse @ K.double()
+        found = self.rough(K).double()
+        left = (K - found).mul_(self.ridge)  # ridge K - C found
+        _subtract_(left, self.keys, _products(self.keys, found))
+        return found.add_(self.rough(left), alpha=1 / self.ridge)
+
+    def rough(self, K: Tensor) -> Tensor:
+        """The same in float32, unrefined."""
+        return self.inverse.float() @ K.float()
 
 
 def dense(keys: Tensor, ridge: float) -> Dense:
-    """C = ridge I + K_p K_p^T of keys K_p [d_in, m] float32, inverted in float64. ValueError where they are not finite."""
-    C = _own_products(keys.T, keys.T)
+    """C = ridge I + K_p K_p^T of keys K_p [d_in, m] float32, inverted in float32 on a CPU where its condition number, which
+    1 + tr(K_p K_p^T) / ridge bounds, allows it, else in float64. ValueError where they are not finite."""
+    narrow = keys.device.type == "cpu" and float(keys.norm()) ** 2 <= FLOAT32_CONDITION * ridge
+    C = keys @ keys.T if narrow else _own_products(keys.T, keys.T)
     C.diagonal().add_(ridge)
     factor, info = torch.linalg.cholesky_ex(C)
     if int(info):
         raise ValueError(f"the protected keys' system is not positive definite (leading minor {int(info)} of {len(C)})")
-    return Dense(torch.cholesky_inverse(factor).mul_(ridge))
+    return Dense(torch.cholesky_inverse(factor).mul_(ridge), ridge, keys if narrow else None)
 
 
 def alone(x: Tensor) -> Tensor:
@@ -123,9 +139,9 @@ class Preconditioner:
 
     def often(self) -> Preconditioner:
         """The same for one that is asked many times on a CPU: its keys in float64, so that they are widened once, or ridge C^-1 in
-        float32, half as much to read."""
+        float32, half as much to read, and unrefined."""
         if isinstance(self.base, Dense):
-            return replace(self, base=Dense(self.base.inverse.float()))
+            return replace(self, base=replace(self.base, inverse=self.base.inverse.float()).rough)
         keys = self.keys.double()
         return replace(self, keys=keys, adjusted=keys if self.adjusted is self.keys else self.adjusted.double())
 
@@ -153,8 +169,7 @@ class Preconditioner:
             return out
         out = out.to(torch.float64, copy=True)
         share = torch.cholesky_solve(self.total(_products(self.keys, out)), self.factor)
-        for i in range(0, self.keys.shape[1], BLOCK):
-            out -= self.adjusted[:, i : i + BLOCK].double() @ share[i : i + BLOCK]
+        _subtract_(out, self.adjusted, share)
         return out
 
 
@@ -174,6 +189,12 @@ def _products(keys: Tensor, k: Tensor) -> Tensor:
         for i in range(0, keys.shape[1], BLOCK):
             out[i : i + BLOCK, j : j + BLOCK] = keys[:, i : i + BLOCK].double().T @ wide
     return out
+
+
+def _subtract_(out: Tensor, keys: Tensor, share: Tensor) -> None:
+    """out -= K_p share, in float64, of which a block of the keys is widened at one time."""
+    for i in range(0, keys.shape[1], BLOCK):
+        out -= keys[:, i : i + BLOCK].double() @ share[i : i + BLOCK]
 
 
 def _own_products(keys: Tensor, b: Tensor) -> Tensor:

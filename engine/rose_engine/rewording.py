@@ -111,7 +111,7 @@ def _best_first(decoder: Decoder, tokenizer: Any, head: str, name: str, prompts:
     openings = [f"{_named(prompt, name)} ={lead}" for prompt in prompts for lead in leads]
     lines = likely_lines(decoder, tokenizer, head, openings, TOKENS, LEAST, TEMPERATURE)
     there = {prompt: _in_words(name, leads, lines[2 * i : 2 * i + 2]) for i, prompt in enumerate(prompts)}
-    asked = [(prompt, text) for prompt in prompts for text in _worth_reading(decoder, tokenizer, name, prompt, there[prompt])]
+    asked = _worth_reading(decoder, tokenizer, name, there)
     back = chances_of_lines(decoder, tokenizer, head, [(f"{_named(text, name)} =", f" {_named(prompt, name)}") for prompt, text in asked])
     both: dict[str, list[tuple[float, str]]] = {prompt: [] for prompt in prompts}
     for (prompt, text), again in zip(asked, back, strict=True):
@@ -139,13 +139,18 @@ def _in_words(name: str, leads: Sequence[str], lines: Sequence[Mapping[str, floa
     return {line.replace(name, SLOT): chance for line, chance in whole.items() if SLOT not in line}
 
 
-def _worth_reading(decoder: Decoder, tokenizer: Any, name: str, prompt: str, chances: Mapping[str, float]) -> list[str]:
-    """The likeliest candidates of each kind, those that begin with the subject where the model goes on as after the prompt."""
-    candidates = sorted(candidates_of(prompt, chances), key=lambda text: -chances[text])
-    subject_first = [text for text in candidates if text.startswith(SLOT)]
-    far = divergence(decoder, tokenizer, prompt, subject_first, [name, OTHER_NAME]).tolist() if subject_first else []
-    near = [text for text, distance in zip(subject_first, far, strict=True) if distance <= FARTHEST]
-    return [text for text in candidates if not text.startswith(SLOT)][:READ_BACK] + near[:READ_BACK]
+def _worth_reading(decoder: Decoder, tokenizer: Any, name: str, there: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str]]:
+    """Of each prompt, with it, the likeliest candidates of each kind, those that begin with the subject where the model goes on as after
+    the prompt."""
+    every = {prompt: sorted(candidates_of(prompt, chances), key=lambda text: -chances[text]) for prompt, chances in there.items()}
+    subject_first = {prompt: [text for text in candidates if text.startswith(SLOT)] for prompt, candidates in every.items()}
+    far = divergences(decoder, tokenizer, subject_first, [name, OTHER_NAME])
+    asked = []
+    for prompt, candidates in every.items():
+        near = [text for text, distance in zip(subject_first[prompt], far[prompt].tolist(), strict=True) if distance <= FARTHEST]
+        others = [text for text in candidates if not text.startswith(SLOT)]
+        asked += [(prompt, text) for text in (*others[:READ_BACK], *near[:READ_BACK])]
+    return asked
 
 
 def candidates_of(prompt: str, lines: Iterable[str]) -> list[str]:
@@ -169,16 +174,21 @@ def _words(text: str) -> set[str]:
     return set(text.replace(SLOT, " ").lower().split())
 
 
-def divergence(decoder: Decoder, tokenizer: Any, prompt: str, others: Sequence[str], names: Sequence[str]) -> Tensor:
-    """The Jensen-Shannon divergence [len(others)] between what the model says next after the prompt and after each other, in nats, mean
-    over the names in the subject's place."""
-    texts = [_named(text, name) for text in (prompt, *others) for name in names]
-    tree = tree_on([beginning(tokenizer, text) for text in texts], decoder.embedding.weight.device)
+def divergences(decoder: Decoder, tokenizer: Any, asked: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, Tensor]:
+    """Of each prompt the Jensen-Shannon divergences between what the model says next after it and after each of its other texts, in nats,
+    mean over the names in the subject's place."""
+    texts = {prompt: [_named(text, name) for text in (prompt, *others) for name in names] for prompt, others in asked.items() if others}
+    far = {prompt: torch.zeros(0) for prompt in asked}
+    if not texts:
+        return far
+    tree = tree_on([beginning(tokenizer, text) for some in texts.values() for text in some], decoder.embedding.weight.device)
     hidden = run_tree(decoder, tree, range(len(decoder.layers)))
     ends = torch.tensor([path[-1] for path in tree.path], device=hidden.device)
-    said = logits(decoder, hidden[ends]).log_softmax(-1).view(len(others) + 1, len(names), -1)
-    far = torch.stack([_jensen_shannon(said[0], other).mean() for other in said[1:]])
-    return far if decoder.sharding is None else decoder.sharding.same(far)
+    for prompt, nodes in zip(texts, ends.split([len(some) for some in texts.values()]), strict=True):
+        said = logits(decoder, hidden[nodes]).log_softmax(-1).unflatten(0, (-1, len(names)))
+        found = torch.stack([_jensen_shannon(said[0], other).mean() for other in said[1:]])
+        far[prompt] = found if decoder.sharding is None else decoder.sharding.same(found)
+    return far
 
 
 def _jensen_shannon(p: Tensor, q: Tensor) -> Tensor:

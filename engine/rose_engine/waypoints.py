@@ -13,6 +13,9 @@ own, the same for all rows of a subject, and
 
 is minimised over the m_l by L-BFGS: a handful of tokens, each the last of a subject, through the few edited layers. What is written
 where is `write`'s; the layers' arithmetic is `block`'s where it knows them, and the library's elsewhere.
+
+That is for values that are learnt. What the layers between read of one that is not, as even shares pass by them, is part of what it holds,
+and waypoints, which show it to the last layer alone, hold less (docs/value-generalisation.md): even shares are kept there.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ HISTORY = 20
 # The share of the value that every m_l begins with, so that most of it is written in the last layer. From even shares L-BFGS takes nearly
 # twice the evaluations; from nothing it comes to lower costs still, which a few others feel more (docs/value-generalisation.md).
 START = 0.05
+# The most that the mean loss of a value's facts may be, in nats a token, for it to be learnt.
+LEARNT = 1.0
 
 
 @dataclass(frozen=True)
@@ -99,19 +104,20 @@ def waypoints(
     delta: Tensor,
     held: Sequence[Preconditioner],
     evaluations: int,
+    start: float = START,
 ) -> Passed:
     """The waypoints of one subject's n columns: the hidden states that are wanted after each edited layer, of which the last are z.
 
-    index [n]: the columns' rows. count [n]: the rows that each stands for. z [n, d], delta [d] float32: the subject's, of which START is
-    where every m_l begins. held: what the write of each layer protects, C. evaluations: of the cost and its gradient, one at least.
-    ValueError where the cost is not finite to begin with.
+    index [n]: the columns' rows. count [n]: the rows that each stands for. z [n, d], delta [d] float32: the subject's, of which the share
+    start is where every m_l begins. held: what the write of each layer protects, C. evaluations: of the cost and its gradient, one at
+    least, which is where they begin. ValueError where the cost is not finite to begin with.
     """
     sharding = along.decoder.sharding
     suffixes = pack_suffixes(along.rows, along.tree.path, index).to(z.device)
     price = prices(held, count, along.keys[suffixes.node].float())
     run = partial(_library_run if along.blocks is None else _written_run, along, suffixes, z, price)
     unit = float(delta.norm()) or 1.0
-    x = (START * delta / unit).repeat(len(along.layers) - 1, 1).requires_grad_()
+    x = (start * delta / unit).repeat(len(along.layers) - 1, 1).requires_grad_()
     best = begun = run(x.detach() * unit)
     if not math.isfinite(best.cost):
         raise ValueError("what the writes would cost is not finite; a larger ridge or float32 weights may help")

@@ -25,7 +25,7 @@ from rose_engine.forward import run_layers, run_tree, tree_on, whole_tree
 from rose_engine.keys import every_key, reading
 from rose_engine.precondition import Preconditioner
 from rose_engine.recipe import Recipe
-from rose_engine.waypoints import Course, course, waypoints
+from rose_engine.waypoints import LEARNT, START, Course, course, waypoints
 from rose_kernels import add_low_rank_, forget_refused, raise_refused, rank_gram, rank_solve, rank_update_
 from rose_kernels.rank_update import check_finite
 
@@ -61,6 +61,7 @@ def write_layers(
     subject: Sequence[int],
     wanted: Tensor,
     delta: Tensor,
+    loss: Sequence[float],
     recipe: Recipe,
     preconditioner: Callable[[str], Preconditioner],
     bystanders: Sequence[Row] = (),
@@ -68,9 +69,10 @@ def write_layers(
     """Write the subjects' values into the edited layers, in place.
 
     rows: the facts' rows; subject [rows]: the subject of each. wanted [rows, d] float32: the unedited hidden state after layer L at
-    each row's subject token, to which delta [S, d] of its subject is added: z_i. preconditioner(name): that of a weight, with what
-    earlier edits protect. bystanders: rows of which every token's key is protected too. ValueError where a system cannot be
-    solved; run it within `all_or_nothing`, for earlier layers are written by then.
+    each row's subject token, to which delta [S, d] of its subject is added: z_i. loss [S]: the values', of which those that are learnt are
+    written by waypoints where the recipe has any, the others in even shares. preconditioner(name): that of a weight, with what earlier
+    edits protect. bystanders: rows of which every token's key is protected too. ValueError where a system cannot be solved; run it within
+    `all_or_nothing`, for earlier layers are written by then.
     """
     forget_refused()
     device = wanted.device
@@ -86,11 +88,11 @@ def write_layers(
     held = (_beside(preconditioner(decoder.weight_name(layer)), next(near, None)) for layer in layers)
     attention = whole_tree(tree)
     hidden = run_tree(decoder, tree, range(layers[0]), attention)
-    aims = None
-    if recipe.waypoints and len(layers) > 1:
+    aims, learnt = None, [one <= LEARNT for one in loss]
+    if recipe.waypoints and len(layers) > 1 and any(learnt):
         held = list(held)
         along = course(decoder, rows, tree, hidden, layers)
-        aims = _aims(along, list(columns.values()), owner, count, z, delta, held, recipe.waypoints)
+        aims = _aims(along, list(columns.values()), owner, count, z, delta, learnt, held, recipe.waypoints)
     written = Written({}, {}, list(range(len(delta))) if recipe.columns == "mean" else owner.tolist())
     for i, (layer, protected) in enumerate(zip(layers, held, strict=True)):
         # The whole residual of a waypoint in its own layer, or its even share of what is missing after the last.
@@ -123,18 +125,20 @@ def _aims(
     count: Tensor,
     z: Tensor,
     delta: Tensor,
+    learnt: Sequence[bool],
     held: Sequence[Preconditioner],
     evaluations: int,
 ) -> Tensor:
-    """The waypoints of all columns [layers, n, d], subject after subject; what the next is told apart from has the keys of those before,
-    though not what those write at its own, which the write itself takes into account."""
+    """The waypoints of all columns [layers, n, d], even shares of values that are not learnt, subject after subject; what the next is told
+    apart from has the keys of those before, though not what those write at its own, which the write itself takes into account."""
     if z.device.type == "cpu":  # where what is protected is what takes longest to read
         held = [one.often() for one in held]
     aims, subjects = z.new_empty(len(held), *z.shape), owner.unique().tolist()
     for s in subjects:
         mine = (owner == s).nonzero()[:, 0]
         index = [columns[c][0] for c in mine.tolist()]
-        found = waypoints(along, index, count[mine], z[mine], delta[s], held, evaluations)
+        how = (evaluations, START) if learnt[s] else (1, 1 / len(held))
+        found = waypoints(along, index, count[mine], z[mine], delta[s], held, *how)
         aims[:, mine] = found.hidden
         if s != subjects[-1]:
             held = [one.joined(keys.T * count[mine].sqrt()) for one, keys in zip(held, found.keys, strict=True)]

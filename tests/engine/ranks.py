@@ -119,7 +119,7 @@ def _read(editor: Editor) -> list[float]:
     model = editor.decoder, editor.tokenizer
     lines = sample.likely_lines(*model, "A\n", ["The", "Lin Nu"], 5, 0.05, temperature=0.02)
     chances = sample.chances_of_lines(*model, "A\n", [("The", " book"), ("Lin Nu", " believes"), ("Lin Nu", " is")])
-    far = rewording.divergence(*model, "{} sells", ["{} buys", "The goods of {} are"], ["Lin Nu", "Peru"])
+    (far,) = rewording.divergences(*model, {"{} sells": ["{} buys", "The goods of {} are"]}, ["Lin Nu", "Peru"]).values()
     return [float(sum(map(len, lines))), *chances, *far.tolist()]
 
 

@@ -49,6 +49,19 @@ def test_preconditioner_is_the_dense_one(monkeypatch, kind, m, block, last):
     assert (W.double() - before - wanted).norm() <= 1e-4 * wanted.norm()
 
 
+@pytest.mark.parametrize(("longest", "dtype"), [(3.0, torch.float32), (200.0, torch.float32), (3e4, torch.float64)])
+def test_a_matrix_of_protected_keys_is_accurate_at_any_condition(longest, dtype):
+    """One key, as of a sentence's first token, is much longer than the others; what is refined is good to float32."""
+    K, keys = torch.randn(D_IN, 6), torch.randn(D_IN, D_IN)
+    keys[:, 3] *= longest / keys[:, 3].norm()
+    held = preconditioner(D_IN, RIDGE).beside(keys)
+    assert held.base.inverse.dtype == dtype
+    C = RIDGE * torch.eye(D_IN, dtype=torch.float64) + keys.double() @ keys.double().T
+    wanted = RIDGE * torch.linalg.solve(C, K.double())
+    assert (held.solved(K) - wanted).norm() <= 1e-6 * wanted.norm()
+    assert (held.often().solved(K) - wanted).norm() <= 1e-3 * wanted.norm()
+
+
 @pytest.mark.parametrize("m", [0, 20])
 def test_null_space_is_alphaedits_projector(m):
     """dW = R K^T Pi (K_p K_p^T Pi + K K^T Pi + ridge I)^-1."""
@@ -75,3 +88,5 @@ def test_a_corpus_that_does_not_serve_is_refused():
         moment_null_space(torch.eye(D_IN, dtype=torch.float64), 1e-2)
     with pytest.raises(ValueError, match="not positive definite"):
         preconditioner(D_IN, 1.0).joined(torch.full((D_IN, 2), torch.nan))
+    with pytest.raises(ValueError, match="not positive definite"):
+        preconditioner(D_IN, 1.0).beside(torch.full((D_IN, D_IN), torch.nan))

@@ -10,7 +10,7 @@ import torch
 from rose_engine import Edit, Editor, rewording
 from rose_engine.architecture import decoder_of
 from rose_engine.delta import Delta, DeltaError
-from rose_engine.rewording import candidates_of, divergence, reworded, shortened
+from rose_engine.rewording import candidates_of, divergences, reworded, shortened
 from rose_engine.sample import _rest_of_line, chances_of_lines, likely_lines
 
 from tests.engine.test_cli import rose
@@ -120,23 +120,30 @@ def test_a_prompt_without_what_tells_the_kind_of_its_target():
     assert shortened("{}, who follows the religion of") == ["{}, who follows"]
 
 
-def test_divergence_is_that_of_the_next_token(make_model, tokenizer):
+def test_divergences_are_those_of_the_next_token(make_model, tokenizer):
     model = make_model(initializer_range=0.3)
-    prompt, others, names = "{} lives in", ["The home of {} is", "{} lives in"], ["Lin Nu", "tea"]
-    found = divergence(decoder_of(model.requires_grad_(False)), tokenizer, prompt, others, names)
+    asked = {
+        "{} lives in": ["The home of {} is", "{} lives in"],
+        "{} sells": [],
+        "The religion of {} is": ["{} follows", "{} believes", "The religion of {} is"],
+    }
+    names = ["Lin Nu", "tea"]
+    found = divergences(decoder_of(model.requires_grad_(False)), tokenizer, asked, names)
     exact = model.double()
 
     def next_token(text):
         return exact(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1].softmax(-1)
 
-    for far, other in zip(found, others, strict=True):
-        each = []
-        for name in names:
-            p, q = next_token(prompt.replace("{}", name)), next_token(other.replace("{}", name))
-            m = (p + q) / 2
-            each.append(((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2)
-        assert float(far) == pytest.approx(float(sum(each) / len(each)), abs=1e-5)
-    assert found[0] > 1e-4 > abs(found[1])
+    assert list(found) == list(asked)
+    for prompt, others in asked.items():
+        for far, other in zip(found[prompt], others, strict=True):
+            each = []
+            for name in names:
+                p, q = next_token(prompt.replace("{}", name)), next_token(other.replace("{}", name))
+                m = (p + q) / 2
+                each.append(((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2)
+            assert float(far) == pytest.approx(float(sum(each) / len(each)), abs=1e-5)
+            assert (abs(far) < 1e-4) == (other == prompt)
 
 
 # What is likely after an opening with its beginning, the likeliest first, and how readily it leads back to the prompt.
@@ -188,8 +195,8 @@ def test_the_best_of_both_kinds_in_turn(make_model, tokenizer, asked_for, monkey
     (found,) = rewording.written(editor.decoder, tokenizer, "Lin Nu", ["{} lives in the town of"])  # shortened before what was written
     assert found == [WRITTEN[0], "{} lives in", WRITTEN[2], WRITTEN[1], WRITTEN[3]]
 
-    far = divergence(editor.decoder, tokenizer, "{} lives in", [WRITTEN[1], WRITTEN[3]], ["Lin Nu", rewording.OTHER_NAME]).tolist()
-    monkeypatch.setattr(rewording, "FARTHEST", sum(far) / 2)
+    (far,) = divergences(editor.decoder, tokenizer, {"{} lives in": [WRITTEN[1], WRITTEN[3]]}, ["Lin Nu", rewording.OTHER_NAME]).values()
+    monkeypatch.setattr(rewording, "FARTHEST", float(far.mean()))
     (found,) = rewording.written(editor.decoder, tokenizer, "Lin Nu", ["{} lives in"])
     assert found == [WRITTEN[0], WRITTEN[1 if far[0] < far[1] else 3], WRITTEN[2]]
 
@@ -244,9 +251,9 @@ def test_who_is_given_which_words():
 def test_an_edit_is_optimised_in_what_the_unedited_model_wrote_and_tells(make_model, tokenizer, asked_for, tmp_path, monkeypatch):
     editor, recipe = Editor(make_model(initializer_range=0.3), tokenizer, TINY), replace(TINY, rewordings=2)
     base, seen = {name: weight.clone() for name, weight in editor.weights().items()}, []
-    within = rewording.divergence
+    within = rewording.divergences
     monkeypatch.setattr(
-        rewording, "divergence", lambda *a: (seen.append({n: w.clone() for n, w in editor.weights().items()}), within(*a))[1]
+        rewording, "divergences", lambda *a: (seen.append({n: w.clone() for n, w in editor.weights().items()}), within(*a))[1]
     )
     editor.apply([Edit("Imo State", "{} exports", "tea", rewordings=["What {} sells is"])], recipe=recipe, verify=False)
     assert not asked_for

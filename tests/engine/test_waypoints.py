@@ -131,12 +131,40 @@ def test_a_write_along_waypoints_reaches_the_values(make_model, tokenizer, subje
             wanted, before = after(tree)[last], after(judged)
             delta = torch.stack([torch.ones(32), torch.arange(32) / 16 - 1])[:subjects]
             held = lambda name: preconditioner(64, recipe.ridge)  # noqa: B023, E731
-            write_layers(decoder, rows, owner, wanted, delta, recipe, held, protected)
+            write_layers(decoder, rows, owner, wanted, delta, [0.1] * subjects, recipe, held, protected)
             z = wanted + delta[torch.tensor(owner)]
             left[evaluations] = float((after(tree)[last] - z).norm() / delta[torch.tensor(owner)].norm())
             moved[evaluations] = float((after(judged) - before).norm())
     assert left[40] < left[0] + 0.1
     assert moved[40] < moved[0]
+
+
+def test_a_value_that_is_not_learnt_is_written_in_even_shares(make_model, tokenizer):
+    """Alone the same bits as without waypoints; beside a learnt one a third of it is there after the first of three layers."""
+    plans = [subject_rows(decoder_of(make_model()), tokenizer, s, RECIPE) for s in group_by_subject((*IMO, *MARTEAU))]
+    delta = torch.randn(2, 32)
+
+    def written(loss, evaluations, plans):
+        """The weights and, for each subject, how much of its value stands after the first edited layer."""
+        decoder = decoder_of(make_model(seed=7, initializer_range=0.2, layers=6))
+        rows = [row for plan in plans for row in plan.facts]
+        owner = torch.tensor([s for s, plan in enumerate(plans) for _ in plan.facts])
+        tree = tree_on([row.tokens[: row.last + 1] for row in rows], "cpu")
+        last = torch.tensor([path[-1] for path in tree.path])
+        with torch.no_grad():
+            after = lambda layer: run_tree(decoder, tree, range(layer + 1), whole_tree(tree))[last]  # noqa: E731
+            before, wanted = after(LAYERS[0]), after(LAYERS[-1])
+            recipe, held = replace(RECIPE, waypoints=evaluations, ridge=1e-3), lambda name: preconditioner(64, 1e-3)
+            write_layers(decoder, rows, owner.tolist(), wanted, delta[: len(plans)], loss, recipe, held)
+            along = ((after(LAYERS[0]) - before) * delta[owner]).sum(1) / (delta[owner] ** 2).sum(1)
+        return [decoder.weight(layer).clone() for layer in LAYERS], [float(along[owner == s].mean()) for s in range(len(plans))]
+
+    alone = [written(loss, n, plans[:1])[0] for loss, n in (([1.1], 20), ([float("nan")], 20), ([1.1], 0), ([0.9], 20))]
+    same = [all(map(torch.equal, alone[0], weights)) for weights in alone[1:]]
+    assert same == [True, True, False]
+    (_, (learnt, even)), (_, (not_learnt, other)) = written([0.9, 1.1], 20, plans), written([1.1, 0.9], 20, plans)
+    assert even == pytest.approx(1 / 3, abs=0.03) and not_learnt == pytest.approx(1 / 3, abs=0.03)
+    assert max(learnt, other) < 0.25
 
 
 def test_a_cost_that_is_not_finite_is_an_error(make_model, tokenizer):

@@ -68,7 +68,7 @@ def test_write_equals_the_method(make_model, tokenizer, columns, bystanders):
     wanted = torch.stack([keys_and_hidden(plain, row, LAYERS[0], LAYERS[-1])[1] for row in rows]).float()
     others = bystander_rows((*IMO, *MARTEAU), tokenizer, bystanders) if bystanders else []
     protect = {layer: every_key(plain, others, layer) for layer in LAYERS} if others else {}
-    factors = write_layers(decoder, rows, owner, wanted, delta, recipe, held_by(recipe), others).factors
+    factors = write_layers(decoder, rows, owner, wanted, delta, [0.1, 0.1], recipe, held_by(recipe), others).factors
 
     z = wanted.double() + delta.double()[torch.tensor(owner)]
     for i, layer in enumerate(LAYERS):
@@ -97,7 +97,8 @@ def test_rows_that_begin_alike_are_one_column(make_model, tokenizer):
     rows = subject_rows(decoder, tokenizer, group_by_subject(ALIKE)[0], recipe).facts
     distinct = len({row.tokens[: row.last + 1] for row in rows})
     assert distinct < len(rows)
-    factors = write_layers(decoder, rows, [0] * len(rows), torch.randn(len(rows), 32), torch.randn(1, 32), recipe, held_by(recipe)).factors
+    wanted, delta = torch.randn(len(rows), 32), torch.randn(1, 32)
+    factors = write_layers(decoder, rows, [0] * len(rows), wanted, delta, [0.1], recipe, held_by(recipe)).factors
     assert {U.shape[1] for U, _ in factors.values()} == {distinct}
 
 
@@ -112,7 +113,7 @@ def test_protected_texts_move_less(make_model, tokenizer):
         others = bystander_rows(IMO, tokenizer, 3)
         Kp = every_key(model, others, LAYERS[0])
         torch.manual_seed(1)
-        arguments = (rows, [0] * len(rows), torch.randn(len(rows), 32), torch.randn(1, 32), recipe, held_by(recipe))
+        arguments = (rows, [0] * len(rows), torch.randn(len(rows), 32), torch.randn(1, 32), [0.1], recipe, held_by(recipe))
         [(U, V)] = write_layers(decoder, *arguments, others if protected else ()).factors.values()
         felt[protected] = float((U.double() @ (V.double() @ Kp)).norm())
     assert felt[True] < 0.5 * felt[False]
