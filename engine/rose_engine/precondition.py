@@ -88,7 +88,7 @@ def dense(keys: Tensor, ridge: float) -> Dense:
     """C = ridge I + K_p K_p^T of keys K_p [d_in, m] float32, inverted in float32 on a CPU where its condition number, which
     1 + tr(K_p K_p^T) / ridge bounds, allows it, else in float64. ValueError where they are not finite."""
     narrow = keys.device.type == "cpu" and float(keys.norm()) ** 2 <= FLOAT32_CONDITION * ridge
-    C = keys @ keys.T if narrow else _own_products(keys.T, keys.T)
+    C = _own_products(keys.T, keys.T, torch.float32 if narrow else torch.float64)
     C.diagonal().add_(ridge)
     factor, info = torch.linalg.cholesky_ex(C)
     if int(info):
@@ -152,7 +152,8 @@ class Preconditioner:
         factor, is asked in less time, and becomes the base.
         """
         if self.base is identity and self.total is alone and 4 * (self.keys.shape[1] + keys.shape[1]) >= 3 * len(keys):
-            return preconditioner(len(keys), self.ridge, dense(torch.cat([self.keys, keys.float()], 1), self.ridge), keys.device)
+            every = torch.cat([self.keys, keys.float()], 1) if self.keys.shape[1] else keys.float()
+            return preconditioner(len(keys), self.ridge, dense(every, self.ridge), keys.device)
         return preconditioner(len(keys), self.ridge, self.solved, keys.device, self.total).joined(keys)
 
     def apply(self, K: Tensor) -> Tensor:
@@ -181,13 +182,13 @@ def preconditioner(
     return Preconditioner(base, ridge, nothing, nothing, torch.zeros(0, 0, dtype=torch.float64, device=device), total)
 
 
-def _products(keys: Tensor, k: Tensor) -> Tensor:
-    """K_p^T K [m, n] float64, of which a block of either is widened at one time."""
-    out = torch.zeros(keys.shape[1], k.shape[1], dtype=torch.float64, device=k.device)
+def _products(keys: Tensor, k: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """K_p^T K [m, n] in a dtype, of which a block of either is widened at one time."""
+    out = torch.empty(keys.shape[1], k.shape[1], dtype=dtype, device=k.device)
     for j in range(0, k.shape[1], BLOCK):
-        wide = k[:, j : j + BLOCK].double()
+        wide = k[:, j : j + BLOCK].to(dtype)
         for i in range(0, keys.shape[1], BLOCK):
-            out[i : i + BLOCK, j : j + BLOCK] = keys[:, i : i + BLOCK].double().T @ wide
+            out[i : i + BLOCK, j : j + BLOCK] = keys[:, i : i + BLOCK].to(dtype).T @ wide
     return out
 
 
@@ -197,9 +198,9 @@ def _subtract_(out: Tensor, keys: Tensor, share: Tensor) -> None:
         out -= keys[:, i : i + BLOCK].double() @ share[i : i + BLOCK]
 
 
-def _own_products(keys: Tensor, b: Tensor) -> Tensor:
-    """K^T B [n, n] float64, B = base(K). It is symmetric, and blocks above the diagonal are left zero: Cholesky reads what is below."""
-    out = torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64, device=keys.device)
+def _own_products(keys: Tensor, b: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """K^T B [n, n] in a dtype, B = base(K). It is symmetric, and blocks above the diagonal are left zero: Cholesky reads what is below."""
+    out = torch.zeros(keys.shape[1], keys.shape[1], dtype=dtype, device=keys.device)
     for j in range(0, keys.shape[1], BLOCK):
-        out[j:, j : j + BLOCK] = _products(keys[:, j:], b[:, j : j + BLOCK])
+        out[j:, j : j + BLOCK] = _products(keys[:, j:], b[:, j : j + BLOCK], dtype)
     return out
