@@ -61,7 +61,8 @@ def products_(a: Tensor, w: Sequence[Tensor], out: Sequence[Tensor], *, turned: 
     is added after the other; a depth that does not divide so in multiples of `WIDTH`, in bfloat16 twice that, is one part. By
     `csrc/matmul.h` these are the bits of processes that have a part of up to 16,384 words each and add up in this order.
     a [N, depth] and out[i] [N, columns] float32 or of the dtype of w, float32 or bfloat16. Weights are read in place, by
-    `csrc/matmul.h` where the machine has AVX-512, which rounds nothing but `out`; else by PyTorch, which rounds sums to the weights' dtype.
+    `csrc/matmul.h` where the machine has AVX-512, which rounds nothing but `out`; else, and in bfloat16 where it has AMX, by PyTorch, in
+    one part, which rounds sums to the weights' dtype.
     """
     if parts < 1:
         raise ValueError(f"parts must be at least 1, given {parts}")
@@ -74,15 +75,14 @@ def products_(a: Tensor, w: Sequence[Tensor], out: Sequence[Tensor], *, turned: 
     if _serves(w[0]):
         torch.ops.rose_native.products(a, list(w), list(out), turned, add, parts)
         return
-    divides = a.shape[1] % (4 // w[0].itemsize * WIDTH * parts) == 0 and all(to.dtype == torch.float32 for to in out)
     for weight, to in zip(w, out, strict=True):
-        depths = a.to(weight.dtype).chunk(parts if divides else 1, 1), (weight.T if turned else weight).chunk(parts if divides else 1, 0)
-        for i, (left, right) in enumerate(zip(*depths, strict=True)):
-            if to.dtype == weight.dtype:
-                to.addmm_(left, right, beta=float(add or i > 0))
-            else:
-                product = left @ right
-                to.add_(product) if add or i else to.copy_(product)
+        left, right = a.to(weight.dtype), weight.T if turned else weight
+        if to.dtype == weight.dtype:
+            to.addmm_(left, right, beta=float(add))
+        elif add:
+            to.add_(left @ right)
+        else:
+            to.copy_(left @ right)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
