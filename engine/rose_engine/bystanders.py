@@ -71,7 +71,7 @@ NAMES = (
 WHOLE = 20
 
 # Beside the others so many for each subject have a name that ends as the subject's: its last token has nearly the subject's key.
-NAMESAKES = 12
+NAMESAKES = 6
 ARTICLES = ("the", "a", "an")
 
 # The share of bystanders that say nothing of an edit. Beside 288 others 97 brought nearly what 350 did (docs/value-generalisation.md).

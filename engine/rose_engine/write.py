@@ -85,7 +85,7 @@ def write_layers(
 
     layers, last = recipe.layers, recipe.last_layer
     near = every_key(decoder, bystanders, layers)  # each before its layer is written
-    held = (_beside(preconditioner(decoder.weight_name(layer)), next(near, None), recipe.bystander_weight) for layer in layers)
+    held = (_beside(preconditioner(decoder.weight_name(layer)), next(near, None)) for layer in layers)
     attention = whole_tree(tree)
     hidden = run_tree(decoder, tree, range(layers[0]), attention)
     aims, learnt = None, [one <= LEARNT for one in loss]
@@ -114,8 +114,8 @@ def write_layers(
     return written
 
 
-def _beside(held: Preconditioner, near: Tensor | None, weight: float) -> Preconditioner:
-    return held if near is None else held.beside(near * weight**0.5)
+def _beside(held: Preconditioner, near: Tensor | None) -> Preconditioner:
+    return held if near is None else held.beside(near)
 
 
 def _aims(

@@ -57,7 +57,7 @@ def every_key(model, rows, layer):
 @pytest.mark.parametrize("bystanders", [0, 5])
 @pytest.mark.parametrize("columns", ["row", "mean"])
 def test_write_equals_the_method(make_model, tokenizer, columns, bystanders):
-    recipe = replace(ROSE, layers=LAYERS, columns=columns, ridge=0.3, bystander_weight=2.5, waypoints=0)
+    recipe = replace(ROSE, layers=LAYERS, columns=columns, ridge=0.3, waypoints=0)
     model = make_model(seed=7, initializer_range=0.2)
     plain = copy.deepcopy(model)
     decoder = decoder_of(model)
@@ -79,7 +79,7 @@ def test_write_equals_the_method(make_model, tokenizer, columns, bystanders):
             K, R = torch.stack([K[:, g].mean(1) for g in groups], 1), R[:, [g[0] for g in groups]]
         C = 0.3 * torch.eye(len(K), dtype=torch.float64)
         if protect:
-            C += 2.5 * protect[layer] @ protect[layer].T
+            C += protect[layer] @ protect[layer].T
         dW = R @ K.T @ torch.linalg.inv(C + K @ K.T)
         weight = plain.model.layers[layer].mlp.down_proj.weight
         before = weight.detach().clone()
