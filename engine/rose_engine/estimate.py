@@ -162,7 +162,10 @@ def memory(shapes: Shapes, work: Work, recipe: Recipe, device: str | torch.devic
     host = torch.device(device).type == "cpu"
     if recipe.waypoints and len(recipe.layers) > 1:
         wide, joined = (12 if host else 4), work.columns * (work.subjects > 1)
-        held = 8 * s.d_in**2 if 4 * others >= 3 * s.d_in else others * (wide * s.d_in + 8 * others)
+        if 4 * others >= 3 * s.d_in:  # as a matrix, on the host in float32 with the keys that refine it
+            held = 4 * s.d_in * (s.d_in + others) if host else 8 * s.d_in**2
+        else:
+            held = others * (wide * s.d_in + 8 * others)
         weights += len(recipe.layers) * (held + 2 * joined * (wide * s.d_in + 8 * joined))
     coordinates, making = ((8 if host else 4) * s.d**2, 4 * 8 * s.d**2) if recipe.fisher else (0, 0)
     return {
