@@ -61,7 +61,7 @@ def products_(a: Tensor, w: Sequence[Tensor], out: Sequence[Tensor], *, turned: 
     is added after the other; a depth that does not divide so in multiples of `WIDTH`, in bfloat16 twice that, is one part. By
     `csrc/matmul.h` these are the bits of processes that have a part of up to 16,384 words each and add up in this order.
     a [N, depth] and out[i] [N, columns] float32 or of the dtype of w, float32 or bfloat16. Weights are read in place, by
-    `csrc/matmul.h` where the machine has AVX-512, which rounds nothing but `out`; else, and in bfloat16 where it has AMX, by PyTorch, in
+    `csrc/matmul.h` where the machine has AVX-512, in bfloat16 AVX512-BF16 and no AMX, which rounds nothing but `out`; else by PyTorch, in
     one part, which rounds sums to the weights' dtype.
     """
     if parts < 1:

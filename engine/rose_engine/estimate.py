@@ -163,7 +163,7 @@ def memory(shapes: Shapes, work: Work, recipe: Recipe, device: str | torch.devic
     if recipe.waypoints and len(recipe.layers) > 1:
         wide, joined = (12 if host else 4), work.columns * (work.subjects > 1)
         if 4 * others >= 3 * s.d_in:  # as a matrix, on the host in float32 with the keys that refine it
-            held = 4 * s.d_in * (s.d_in + others) if host else 8 * s.d_in**2
+            held = 4 * s.d_in * (s.d_in + max(others, 2 * s.d_in)) if host else 8 * s.d_in**2  # or in float64, and again in float32
         else:
             held = others * (wide * s.d_in + 8 * others)
         weights += len(recipe.layers) * (held + 2 * joined * (wide * s.d_in + 8 * joined))

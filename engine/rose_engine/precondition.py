@@ -18,7 +18,7 @@ from torch import Tensor
 
 # Protected keys that are widened to float64 at one time.
 BLOCK = 512
-# The condition number up to which a matrix is inverted in float32: the relative error of that is some 1e-2 then, in square 1e-4.
+# The condition number up to which a matrix is inverted in float32: the relative error of that is some 1e-3 then, refined some 1e-6.
 FLOAT32_CONDITION = 1e5
 
 # K [d_in, n] float32 -> ridge C^-1 K [d_in, n], float32 or float64.
@@ -64,8 +64,8 @@ def null_space(Q: Tensor) -> Base:
 
 @dataclass(frozen=True)
 class Dense:
-    """A base given by ridge C^-1 [d_in, d_in] of C = ridge I + K_p K_p^T. keys [d_in, m] float32: K_p, where that is in float32: what it
-    gives is then refined once in float64, which leaves the square of its relative error."""
+    """A base given by ridge C^-1 [d_in, d_in], C = ridge I + K_p K_p^T. An inverse in float32 comes with its keys K_p [d_in, m] float32, by
+    which what it gives is refined once in float64; one in float64 comes with None."""
 
     inverse: Tensor
     ridge: float
@@ -81,7 +81,7 @@ class Dense:
 
     def rough(self, K: Tensor) -> Tensor:
         """The same in float32, unrefined."""
-        return self.inverse.float() @ K.float()
+        return self.inverse @ K.float()
 
 
 def dense(keys: Tensor, ridge: float) -> Dense:
@@ -157,14 +157,15 @@ class Preconditioner:
         return preconditioner(len(keys), self.ridge, self.solved, keys.device, self.total).joined(keys)
 
     def apply(self, K: Tensor) -> Tensor:
-        """ridge C^-1 K [d_in, n] float32: B - base(K_p) (ridge I + K_p^T base(K_p))^-1 K_p^T B, B = base(K), solved in float64.
+        """ridge C^-1 K [d_in, n] float32: B - base(K_p) (ridge I + K_p^T base(K_p))^-1 K_p^T B, B = base(K), solved in float64, or
+        refined there (`Dense`).
 
         With it `rank_update_(W, K, R, P, ridge)` writes R K^T (C + K K^T)^-1. K itself where C is the identity and nothing is protected.
         """
         return self.solved(K).float()
 
     def solved(self, K: Tensor) -> Tensor:
-        """The same as it is solved: in float64 where anything is protected or a corpus asked."""
+        """The same before it is rounded: float64 where anything is protected or a corpus asked."""
         out = self.base(K)
         if not self.keys.shape[1]:
             return out

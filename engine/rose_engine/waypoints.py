@@ -104,20 +104,19 @@ def waypoints(
     delta: Tensor,
     held: Sequence[Preconditioner],
     evaluations: int,
-    start: float = START,
 ) -> Passed:
     """The waypoints of one subject's n columns: the hidden states that are wanted after each edited layer, of which the last are z.
 
-    index [n]: the columns' rows. count [n]: the rows that each stands for. z [n, d], delta [d] float32: the subject's, of which the share
-    start is where every m_l begins. held: what the write of each layer protects, C. evaluations: of the cost and its gradient, one at
-    least, which is where they begin. ValueError where the cost is not finite to begin with.
+    index [n]: the columns' rows. count [n]: the rows that each stands for. z [n, d], delta [d] float32: the subject's, of which START is
+    where every m_l begins. held: what the write of each layer protects, C. evaluations: of the cost and its gradient, one at least.
+    ValueError where the cost is not finite to begin with.
     """
     sharding = along.decoder.sharding
     suffixes = pack_suffixes(along.rows, along.tree.path, index).to(z.device)
     price = prices(held, count, along.keys[suffixes.node].float())
     run = partial(_library_run if along.blocks is None else _written_run, along, suffixes, z, price)
     unit = float(delta.norm()) or 1.0
-    x = (start * delta / unit).repeat(len(along.layers) - 1, 1).requires_grad_()
+    x = (START * delta / unit).repeat(len(along.layers) - 1, 1).requires_grad_()
     best = begun = run(x.detach() * unit)
     if not math.isfinite(best.cost):
         raise ValueError("what the writes would cost is not finite; a larger ridge or float32 weights may help")

@@ -25,7 +25,7 @@ from rose_engine.forward import run_layers, run_tree, tree_on, whole_tree
 from rose_engine.keys import every_key, reading
 from rose_engine.precondition import Preconditioner
 from rose_engine.recipe import Recipe
-from rose_engine.waypoints import LEARNT, START, Course, course, waypoints
+from rose_engine.waypoints import LEARNT, Course, course, waypoints
 from rose_kernels import add_low_rank_, forget_refused, raise_refused, rank_gram, rank_solve, rank_update_
 from rose_kernels.rank_update import check_finite
 
@@ -69,10 +69,10 @@ def write_layers(
     """Write the subjects' values into the edited layers, in place.
 
     rows: the facts' rows; subject [rows]: the subject of each. wanted [rows, d] float32: the unedited hidden state after layer L at
-    each row's subject token, to which delta [S, d] of its subject is added: z_i. loss [S]: the values', of which those that are learnt are
-    written by waypoints where the recipe has any, the others in even shares. preconditioner(name): that of a weight, with what earlier
-    edits protect. bystanders: rows of which every token's key is protected too. ValueError where a system cannot be solved; run it within
-    `all_or_nothing`, for earlier layers are written by then.
+    each row's subject token, to which delta [S, d] of its subject is added: z_i. loss [S]: the subjects' mean losses at the last step, in
+    nats a token; values of at most `LEARNT` are written by waypoints where the recipe has any, the others in even shares.
+    preconditioner(name): that of a weight, with what earlier edits protect. bystanders: rows of which every token's key is protected too.
+    ValueError where a system cannot be solved; run it within `all_or_nothing`, for earlier layers are written by then.
     """
     forget_refused()
     device = wanted.device
@@ -88,19 +88,22 @@ def write_layers(
     held = (_beside(preconditioner(decoder.weight_name(layer)), next(near, None)) for layer in layers)
     attention = whole_tree(tree)
     hidden = run_tree(decoder, tree, range(layers[0]), attention)
-    aims, learnt = None, [one <= LEARNT for one in loss]
-    if recipe.waypoints and len(layers) > 1 and any(learnt):
+    aims, planned = None, [s for s, one in enumerate(loss) if one <= LEARNT]
+    if recipe.waypoints and len(layers) > 1 and planned:
         held = list(held)
         along = course(decoder, rows, tree, hidden, layers)
-        aims = _aims(along, list(columns.values()), owner, count, z, delta, learnt, held, recipe.waypoints)
+        aims = _aims(along, planned, list(columns.values()), owner, count, z, delta, held, recipe.waypoints)
+    even = torch.ones_like(owner, dtype=torch.bool) if aims is None else ~torch.isin(owner, on(planned))
     written = Written({}, {}, list(range(len(delta))) if recipe.columns == "mean" else owner.tolist())
     for i, (layer, protected) in enumerate(zip(layers, held, strict=True)):
-        # The whole residual of a waypoint in its own layer, or its even share of what is missing after the last.
-        aim, until, share = (z, last, len(layers) - i) if aims is None else (aims[i], layer, 1)
         with reading(decoder, [layer]) as keys:
-            reached = run_layers(decoder, hidden, tree.position, range(layer, until + 1), attention)
+            reached = run_layers(decoder, hidden, tree.position, range(layer, layer + 1), attention)
         K = keys[layer][node].float().T
-        R = decoder.before_norm(layer, keys[layer][node], (aim - reached[node].float()) / share).T
+        R = (z if aims is None else aims[i]) - reached[node].float()
+        if even.any():  # a share of what is missing after the last layer
+            reached = run_layers(decoder, reached, tree.position, range(layer + 1, last + 1), attention)
+            R[even] = (z - reached[node].float())[even] / (len(layers) - i)
+        R = decoder.before_norm(layer, keys[layer][node], R).T
         P, root = protected.apply(K), count.sqrt()
         alone = P is K
         K, R, P = K * root, R * root, P * root
@@ -120,25 +123,24 @@ def _beside(held: Preconditioner, near: Tensor | None) -> Preconditioner:
 
 def _aims(
     along: Course,
+    subjects: Sequence[int],
     columns: Sequence[Sequence[int]],
     owner: Tensor,
     count: Tensor,
     z: Tensor,
     delta: Tensor,
-    learnt: Sequence[bool],
     held: Sequence[Preconditioner],
     evaluations: int,
 ) -> Tensor:
-    """The waypoints of all columns [layers, n, d], even shares of values that are not learnt, subject after subject; what the next is told
-    apart from has the keys of those before, though not what those write at its own, which the write itself takes into account."""
+    """The waypoints of some subjects' columns [layers, n, d], zeros elsewhere, subject after subject; what the next is told apart from has
+    the keys of those before, though not what those write at its own, which the write itself takes into account."""
     if z.device.type == "cpu":  # where what is protected is what takes longest to read
         held = [one.often() for one in held]
-    aims, subjects = z.new_empty(len(held), *z.shape), owner.unique().tolist()
+    aims = z.new_zeros(len(held), *z.shape)
     for s in subjects:
         mine = (owner == s).nonzero()[:, 0]
         index = [columns[c][0] for c in mine.tolist()]
-        how = (evaluations, START) if learnt[s] else (1, 1 / len(held))
-        found = waypoints(along, index, count[mine], z[mine], delta[s], held, *how)
+        found = waypoints(along, index, count[mine], z[mine], delta[s], held, evaluations)
         aims[:, mine] = found.hidden
         if s != subjects[-1]:
             held = [one.joined(keys.T * count[mine].sqrt()) for one, keys in zip(held, found.keys, strict=True)]

@@ -49,17 +49,17 @@ def test_preconditioner_is_the_dense_one(monkeypatch, kind, m, block, last):
     assert (W.double() - before - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-@pytest.mark.parametrize(("longest", "dtype"), [(3.0, torch.float32), (200.0, torch.float32), (3e4, torch.float64)])
-def test_a_matrix_of_protected_keys_is_accurate_at_any_condition(longest, dtype):
-    """One key, as of a sentence's first token, is much longer than the others; what is refined is good to float32."""
-    K, keys = torch.randn(D_IN, 6), torch.randn(D_IN, D_IN)
-    keys[:, 3] *= longest / keys[:, 3].norm()
+@pytest.mark.parametrize(("bound", "dtype"), [(0.01, torch.float32), (0.98, torch.float32), (1.02, torch.float64), (1e4, torch.float64)])
+def test_a_matrix_of_protected_keys_is_accurate_at_any_condition(bound, dtype):
+    """One key, as of a sentence's first token, is much longer than the others; what is refined is good nearly to float32."""
+    K, keys = torch.randn(D_IN, 6), torch.randn(D_IN, D_IN) * 0.1
+    keys[:, 3] *= (bound * precondition.FLOAT32_CONDITION * RIDGE - keys[:, :3].norm() ** 2 - keys[:, 4:].norm() ** 2).sqrt() / keys[:, 3].norm()
     held = preconditioner(D_IN, RIDGE).beside(keys)
     assert held.base.inverse.dtype == dtype
     C = RIDGE * torch.eye(D_IN, dtype=torch.float64) + keys.double() @ keys.double().T
     wanted = RIDGE * torch.linalg.solve(C, K.double())
-    assert (held.solved(K) - wanted).norm() <= 1e-6 * wanted.norm()
-    assert (held.often().solved(K) - wanted).norm() <= 1e-3 * wanted.norm()
+    assert (held.solved(K) - wanted).norm() <= 1e-5 * wanted.norm()
+    assert (held.often().solved(K) - wanted).norm() <= 1e-2 * wanted.norm()
 
 
 @pytest.mark.parametrize("m", [0, 20])
