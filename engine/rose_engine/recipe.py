@@ -32,8 +32,9 @@ class Recipe:
     is text sampled from the model with `seed`; else see `moments.texts_of`. bystanders: how many texts about other subjects the write
     keeps from moving, two thirds of them in the words of the edits and their rewordings, and six more a subject (`bystanders`); 0 is
     none. waypoints: how often the cost of the writes is evaluated to choose what each layer writes (`waypoints`); 0 writes an even share
-    in each, which values of a larger loss than `waypoints.LEARNT` are given always. sequential: "joint" solves a write together with all earlier ones (`memory`) and
-    does a subject's earlier facts again with its new ones; "protect" does the first alone; "plain" does neither.
+    in each, which values of a larger loss than `waypoints.LEARNT` are given always. sequential: "joint" solves a write together with all
+    earlier ones (`memory`) and does a subject's earlier facts again with its new ones; "protect" does the first alone; "plain" does
+    neither.
     """
 
     name: str = "rose"

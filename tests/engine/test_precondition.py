@@ -53,7 +53,8 @@ def test_preconditioner_is_the_dense_one(monkeypatch, kind, m, block, last):
 def test_a_matrix_of_protected_keys_is_accurate_at_any_condition(bound, dtype):
     """One key, as of a sentence's first token, is much longer than the others; what is refined is good nearly to float32."""
     K, keys = torch.randn(D_IN, 6), torch.randn(D_IN, D_IN) * 0.1
-    keys[:, 3] *= (bound * precondition.FLOAT32_CONDITION * RIDGE - keys[:, :3].norm() ** 2 - keys[:, 4:].norm() ** 2).sqrt() / keys[:, 3].norm()
+    others = keys.norm() ** 2 - keys[:, 3].norm() ** 2
+    keys[:, 3] *= (bound * precondition.FLOAT32_CONDITION * RIDGE - others).sqrt() / keys[:, 3].norm()
     held = preconditioner(D_IN, RIDGE).beside(keys)
     assert held.base.inverse.dtype == dtype
     C = RIDGE * torch.eye(D_IN, dtype=torch.float64) + keys.double() @ keys.double().T

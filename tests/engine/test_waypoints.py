@@ -140,7 +140,7 @@ def test_a_write_along_waypoints_reaches_the_values(make_model, tokenizer, subje
 
 
 def test_a_value_that_is_not_learnt_is_written_in_even_shares(make_model, tokenizer):
-    """Alone the same bits as without waypoints; beside a learnt one nearly as much of it is there after each layer as beside one more that is not."""
+    """Alone the same bits as without waypoints; beside a learnt one as much of it is there after each layer as beside another, nearly."""
     delta = torch.randn(2, 32)
     plans = [subject_rows(decoder_of(make_model()), tokenizer, s, RECIPE) for s in group_by_subject((*IMO, *MARTEAU))]
 
