@@ -88,21 +88,21 @@ def write_layers(
     held = (_beside(preconditioner(decoder.weight_name(layer)), next(near, None)) for layer in layers)
     attention = whole_tree(tree)
     hidden = run_tree(decoder, tree, range(layers[0]), attention)
-    aims, planned = None, [s for s, one in enumerate(loss) if one <= LEARNT]
-    if recipe.waypoints and len(layers) > 1 and planned:
+    planned = [s for s, one in enumerate(loss) if one <= LEARNT] if recipe.waypoints and len(layers) > 1 else []
+    aims, even = z.expand(len(layers), *z.shape), on([s not in planned for _, s in columns])
+    if planned:
         held = list(held)
         along = course(decoder, rows, tree, hidden, layers)
         aims = _aims(along, planned, list(columns.values()), owner, count, z, delta, held, recipe.waypoints)
-    even = torch.ones_like(owner, dtype=torch.bool) if aims is None else ~torch.isin(owner, on(planned))
     written = Written({}, {}, list(range(len(delta))) if recipe.columns == "mean" else owner.tolist())
     for i, (layer, protected) in enumerate(zip(layers, held, strict=True)):
         with reading(decoder, [layer]) as keys:
             reached = run_layers(decoder, hidden, tree.position, range(layer, layer + 1), attention)
         K = keys[layer][node].float().T
-        R = (z if aims is None else aims[i]) - reached[node].float()
-        if even.any():  # a share of what is missing after the last layer
+        R = aims[i] - reached[node].float()
+        if len(planned) < len(delta):  # even shares, of what is missing after the last layer
             reached = run_layers(decoder, reached, tree.position, range(layer + 1, last + 1), attention)
-            R[even] = (z - reached[node].float())[even] / (len(layers) - i)
+            R = torch.where(even[:, None], (z - reached[node].float()) / (len(layers) - i), R)
         R = decoder.before_norm(layer, keys[layer][node], R).T
         P, root = protected.apply(K), count.sqrt()
         alone = P is K
