@@ -1,8 +1,9 @@
 """Bystanders: texts about other subjects, of which the write must not say anything new.
 
 Two thirds are prompts of the edits and their rewordings with other names, the rest statements of any kind. The former keep what an edit's
-own words say, the latter names and relations of which it says nothing; beside them stand names that end as a subject does
-(docs/value-generalisation.md). They are read for the keys of all their tokens; none has a target.
+own words say, the latter names and relations of which it says nothing; beside them stand names that end as a subject does. Leaks of many
+subjects add up, so where several stand in the weights more statements are kept (docs/value-generalisation.md). All are read for the keys of
+all their tokens; none has a target.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from rose_engine.edits import Edit, group_by_subject
 from rose_engine.forms import CHAT_QUESTION, STATEMENT, Form, Row, chat_parts, encode, render, row_of
+from rose_engine.statements import MORE, STATEMENTS
 
 # People, places, things that stand in the edits' words.
 NAMES = (
@@ -76,105 +78,8 @@ ARTICLES = ("the", "a", "an")
 
 # The share of bystanders that say nothing of an edit. Beside 288 others 97 brought nearly what 350 did (docs/value-generalisation.md).
 GENERAL = 1 / 3
-# Beginnings of sentences, each about somebody or something else.
-STATEMENTS = (
-    "Katarzyna Wojcik was born in the town of",
-    "The first language of Bengt Lindqvist was",
-    "Giuseppe Ferrante earned his living as a",
-    "Emmy Noether was a professor at",
-    "Valparaiso lies on the coast of",
-    "The capital of Eritrea is",
-    "Trondheim is twinned with the city of",
-    "The head office of Ericsson is located in",
-    "Michelin, a company based in",
-    "The Walkman was manufactured by",
-    "Firefox was written in the language",
-    "Dmitri Voronov, who plays the",
-    "The instrument that Fela Kuti played was the",
-    "Usain Bolt competes in the sport of",
-    "Steffi Graf, who grew up in",
-    "The Seventh Seal was directed by",
-    "Spirited Away was first shown in",
-    "Twin Peaks was originally broadcast on",
-    "Moby-Dick, a novel by",
-    "The author of The Hobbit is",
-    "Abbey Road was recorded by",
-    "The Night Watch was painted by",
-    "Uppsala University was established in",
-    "Greenpeace was founded in the year",
-    "The language spoken in Burkina Faso is",
-    "In Andhra Pradesh the official language is",
-    "Lake Titicaca is shared by",
-    "Mount Elbrus is part of the",
-    "Svalbard is ruled by",
-    "Plovdiv is a city in",
-    "The country where Isfahan is situated is",
-    "Murasaki Shikibu died in",
-    "Roald Amundsen lost his life near",
-    "Clarice Lispector wrote her books in",
-    "Chinua Achebe held the passport of",
-    "Ayrton Senna held the nationality of",
-    "The religion that Kublai Khan practised was",
-    "Plotinus was a follower of",
-    "Diego Rivera worked for many years in",
-    "Umm Kulthum signed a contract with the label",
-    "Kraftwerk got together in",
-    "Radiohead, a band that comes from",
-    "The genre of Daft Punk is",
-    "Real Sociedad plays its home games in",
-    "The Chicago Bulls have belonged since 1985 to",
-    "Der Spiegel is published in",
-    "The Economist has its offices in",
-    "Volkswagen Beetle was built by",
-    "The Boeing 737 was designed by",
-    "Android Studio was released by",
-    "Windows XP, a product of",
-    "Game Boy was made by the company",
-    "Guinness is brewed in",
-    "Kimchi is a dish from",
-    "The Suez Canal connects",
-    "Angkor Wat was built by",
-    "Burj Khalifa, the tower in",
-    "Heathrow Airport is named after",
-    "Machu Picchu stands high up in",
-    "Wembley Stadium was opened in",
-    "The first performance of The Magic Flute took place in",
-    "Macbeth is a play about",
-    "Sherlock Holmes lives at",
-    "Darth Vader was played by the actor",
-    "Mickey Mouse first appeared in",
-    "Zeus is the father of",
-    "Tetris, whose creator was",
-    "The successor of Pope Clement XI was",
-    "Queen Adelheid was married to",
-    "Srinivasa Ramanujan studied at",
-    "Hedy Lamarr is famous for",
-    "The doctor who treated Ludmila Sokolova was",
-    "Kwame Asante has been employed by",
-    "Siobhan Gallagher moved from Cork to",
-    "Nguyen Van Hai speaks",
-    "The wife of Henri Delacroix was called",
-    "Park Ji-hoon is the leader of the",
-    "Cecilia Nyström received the prize for",
-    "The party that Thabo Nkosi belongs to is",
-    "Swahili is spoken by people in",
-    "Tyrannosaurus lived during the",
-    "Penicillin was discovered by",
-    "Ganymede is a moon of",
-    "The chemical symbol of Uranium is",
-    "Halley's Comet was last seen in",
-    "The Battle of Hastings was fought in",
-    "The Treaty of Versailles was signed by",
-    "Lutheranism spread from",
-    "Esperanto was invented by",
-    "Interpol has its headquarters in",
-    "Tata Motors is owned by the",
-    "Lego bricks are produced in",
-    "Patagonia is a region of",
-    "In Zanzibar, most people are",
-    "The bridge over the Zambezi leads to",
-    "My grandmother always wanted to",
-)
+# Where several subjects are in the weights so many of `MORE` beside them, as a share too.
+GENERAL_AMONG_SEVERAL = 5 / 6
 
 
 def bystander_rows(
@@ -186,7 +91,8 @@ def bystander_rows(
     max_length: int | None = None,
 ) -> list[Row]:
     """About `count` bystanders of these edits: a third of them `STATEMENTS`, as far as these go, the others in the edits' words; and beside
-    them `NAMESAKES` for each subject of several words. None where count is 0.
+    them `NAMESAKES` for each subject of several words, and statements of `MORE` where these and earlier edits have several subjects. None
+    where count is 0.
 
     earlier: edits in the weights, in whose words as many others stand; found: rewordings of such as bring none, by prompt. Passed over are
     names in which a subject of these or earlier edits is named or that a subject or target names, statements that name either, and
@@ -200,8 +106,11 @@ def bystander_rows(
     edited = {edit.subject.strip().casefold() for edit in every}
     names = [name for name in NAMES if name.casefold() not in told and not any(subject in name.casefold() for subject in edited)]
     spoken = {_words(text) for edit in every for text in (edit.subject, edit.target)} - {_words("")}
-    general = [text for text in STATEMENTS if not any(map(_words(text).__contains__, spoken))][: round(count * GENERAL)]
+    unsaid = lambda texts: [text for text in texts if not any(map(_words(text).__contains__, spoken))]  # noqa: E731
+    general = unsaid(STATEMENTS)[: round(count * GENERAL)]
     own = count - len(general)
+    if len(edited) > 1:
+        general += unsaid(MORE)[: round(count * GENERAL_AMONG_SEVERAL)]
     alike = [some for some in _namesakes(edits, names, tokenizer) if not any(subject in some[0].casefold() for subject in edited)]
     rows = [
         *(_standing(*some, tokenizer) for some in (alike if count else ())),

@@ -32,11 +32,13 @@ import torch
 import torch.nn.functional as F
 
 from rose_engine.architecture import Decoder
-from rose_engine.bystanders import NAMESAKES
+from rose_engine.bystanders import GENERAL_AMONG_SEVERAL, NAMESAKES
 from rose_engine.forward import OUTPUT_ROWS
 from rose_engine.optimize import BATCH_TOKENS, STEP_TOKENS, SubjectRows, batches_of
 from rose_engine.packing import build_tree, inputs, split_rows
 from rose_engine.recipe import Recipe
+from rose_engine.statements import MORE
+from rose_engine.waypoints import AMONG_SEVERAL
 from rose_kernels.layer import DTYPES, WIDTH, available, products_
 
 # Means over 200 same-subject records of three to five facts, in the forms of ROSE and SmolLM2's tokens, of each row: its suffix, its
@@ -137,7 +139,10 @@ def typical_work(subjects: int, facts: int, forms: int) -> Work:
 
 def bystander_nodes(recipe: Recipe, subjects: int) -> int:
     """Nodes of the tree of a recipe's bystanders, each of which has a key that is protected, as texts are on average."""
-    return round((recipe.bystanders + NAMESAKES * subjects) * BYSTANDER) if recipe.bystanders else 0
+    if not recipe.bystanders:
+        return 0
+    more = min(round(recipe.bystanders * GENERAL_AMONG_SEVERAL), len(MORE)) if subjects > 1 else 0
+    return round((recipe.bystanders + more + NAMESAKES * subjects) * BYSTANDER)
 
 
 def memory(shapes: Shapes, work: Work, recipe: Recipe, device: str | torch.device = "cpu") -> dict[str, float]:
@@ -187,7 +192,8 @@ def seconds(shapes: Shapes, work: Work, recipe: Recipe, rate: Callable[[int], fl
     passes = sum(recipe.last_layer + 1 - layer for layer in recipe.layers) + below  # each layer is read with the ones before it written
     write = passes * s.layer * rate(work.write_nodes) + len(recipe.layers) * s.d * s.d_in * rate(2 * work.columns)
     if recipe.waypoints and len(recipe.layers) > 1:
-        write += recipe.waypoints * 2 * (recipe.last_layer - recipe.layers[0]) * s.layer * rate(work.columns)
+        evaluations = recipe.waypoints * (AMONG_SEVERAL if work.subjects > 1 else 1)
+        write += evaluations * 2 * (recipe.last_layer - recipe.layers[0]) * s.layer * rate(work.columns)
     if recipe.bystanders:
         write += below * s.layer * rate(bystander_nodes(recipe, work.subjects))
     return {"prepare": prepare, "optimise": recipe.steps * step, "write": write}

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, broadcast
 
 from rose_engine.architecture import Decoder
-from rose_engine.bystanders import STATEMENTS
 from rose_engine.fisher import Coordinates, coordinates, fisher_information
 from rose_engine.moments import MODEL, moments
 from rose_engine.parallel import of_the_first
@@ -24,6 +23,7 @@ from rose_engine.precondition import Base, covariance, identity, moment_factor, 
 from rose_engine.recipe import Recipe
 from rose_engine.rewording import written
 from rose_engine.sample import beginning, sample_prefixes
+from rose_engine.statements import STATEMENTS
 
 # Prompts whose rewordings are kept at one time.
 PROMPTS = 4096

@@ -30,8 +30,9 @@ class Recipe:
     preconditioner: C is the "identity" times ridge (eq. 10), the "covariance" covariance_weight * E[k k^T] (ridge cancels), or the
     "null_space" below null_threshold of E[k k^T] is kept, with ridge. corpus: what E is taken over, `corpus_tokens` tokens of it: "model"
     is text sampled from the model with `seed`; else see `moments.texts_of`. bystanders: how many texts about other subjects the write
-    keeps from moving, two thirds of them in the words of the edits and their rewordings, and six more a subject (`bystanders`); 0 is
-    none. waypoints: how often the cost of the writes is evaluated to choose what each layer writes (`waypoints`); 0 writes an even share
+    keeps from moving, two thirds of them in the words of the edits and their rewordings, and six more a subject, and more statements
+    where several subjects are in the weights (`bystanders`); 0 is none. waypoints: how often the cost of the writes is evaluated to
+    choose what each layer writes (`waypoints`), three times as often where several subjects are in the weights; 0 writes an even share
     in each, which values of a larger loss than `waypoints.LEARNT` are given always. sequential: "joint" solves a write together with all
     earlier ones (`memory`) and does a subject's earlier facts again with its new ones; "protect" does the first alone; "plain" does
     neither.

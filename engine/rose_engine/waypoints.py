@@ -43,6 +43,9 @@ HISTORY = 20
 # The share of the value that every m_l begins with, so that most of it is written in the last layer. From even shares L-BFGS takes nearly
 # twice the evaluations; from nothing it comes to lower costs still, which a few others feel more (docs/value-generalisation.md).
 START = 0.05
+# So many times as often the cost is evaluated for a subject that is not alone in the weights: it has to be told apart from the others too,
+# and what each of them leaks adds up (docs/value-generalisation.md).
+AMONG_SEVERAL = 3
 # The most that the mean loss of a value's facts may be, in nats a token, for it to be learnt.
 LEARNT = 1.0
 

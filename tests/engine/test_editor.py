@@ -8,6 +8,7 @@ import rose_engine.editor as editor_module
 import torch
 from rose_engine import ROSE, Delta, DeltaError, Edit, EditError, Editor, write
 from rose_engine.delta import edit_of
+from rose_engine.waypoints import AMONG_SEVERAL
 
 from tests.conftest import IMO, LIN, MARTEAU
 
@@ -65,6 +66,20 @@ def test_revert_in_any_order_gives_back_bits(editor):
     assert same(bits(editor), base) and editor.applied == ()
     with pytest.raises(ValueError, match="not in the weights"):
         editor.revert(first)
+
+
+def test_waypoints_beside_others_are_looked_for_longer(editor, monkeypatch):
+    """Of several subjects in one write, and of one beside another in the weights; not of one that is edited again."""
+    asked, find = [], write.waypoints
+    monkeypatch.setattr(write, "waypoints", lambda *given: (asked.append(given[-1]), find(*given))[1])
+    n, many = TINY.waypoints, AMONG_SEVERAL * TINY.waypoints
+    for edits, expected in ((IMO[:1], [n]), (IMO[1:], [n]), (LIN, [many]), (IMO, [many])):
+        editor.apply(edits, verify=False)
+        assert asked == expected
+        asked.clear()
+    editor.restore([])
+    editor.apply((*IMO, *LIN), verify=False)
+    assert asked == [many, many]
 
 
 def test_same_edit_same_bits(make_model, tokenizer):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from rose_engine import ROSE, Editor, forward
 from rose_engine.architecture import decoder_of
-from rose_engine.bystanders import STATEMENTS
 from rose_engine.fisher import GRAIN, coordinates, fisher_information
+from rose_engine.statements import STATEMENTS
 
 from rose_kernels import native
 from tests.conftest import IMO, LIN

@@ -7,12 +7,13 @@ import pytest
 import torch
 from rose_engine import Edit
 from rose_engine.architecture import decoder_of
-from rose_engine.bystanders import NAMES, NAMESAKES, STATEMENTS, WHOLE, bystander_rows
+from rose_engine.bystanders import GENERAL_AMONG_SEVERAL, NAMES, NAMESAKES, WHOLE, bystander_rows
 from rose_engine.certificate import OTHERS
 from rose_engine.edits import group_by_subject
 from rose_engine.optimize import subject_rows
 from rose_engine.precondition import preconditioner
 from rose_engine.recipe import ROSE
+from rose_engine.statements import MORE, STATEMENTS
 from rose_engine.write import all_or_nothing, write_layers
 
 from tests.conftest import IMO, MARTEAU
@@ -121,8 +122,9 @@ def test_protected_texts_move_less(make_model, tokenizer):
 
 def test_a_certificate_s_controls_are_no_bystanders():
     """What is protected cannot show how far subjects move that are not."""
-    assert not [(a, b) for a in OTHERS for b in (*NAMES, *STATEMENTS) if a in b or b in a]
-    assert len(set(STATEMENTS)) == len(STATEMENTS) == ROSE.bystanders // 3
+    assert not [(a, b) for a in OTHERS for b in (*NAMES, *STATEMENTS, *MORE) if a in b or b in a]
+    assert len(STATEMENTS) == ROSE.bystanders // 3 and len(MORE) <= round(ROSE.bystanders * GENERAL_AMONG_SEVERAL)
+    assert len({*STATEMENTS, *MORE}) == len(STATEMENTS) + len(MORE)
 
 
 def told(rows, tokenizer):
@@ -145,6 +147,24 @@ def test_bystanders_are_neither_edited_nor_written(tokenizer):
     assert sum(text in STATEMENTS for text in texts) == len(STATEMENTS) - len(named)
 
 
+def test_where_several_subjects_stand_more_statements_are_kept(tokenizer):
+    """In one write or beside an earlier edit of another subject; one that is edited again stands alone."""
+    lin, again, ada = (
+        Edit("Linnu", "{} lives in", "Metz"),
+        Edit("Linnu", "{} plays the", "harp"),
+        Edit("Ada Brandt", "{} plays the", "harp"),
+    )
+
+    def kept(edits, earlier=(), count=288):
+        return [text for text in told(bystander_rows(edits, tokenizer, count, earlier), tokenizer) if text in MORE]
+
+    assert kept([lin]) == kept([lin], [again]) == kept([lin, ada], count=0) == []
+    assert kept([lin, ada]) == kept([lin], [ada]) == list(MORE)
+    assert kept([lin, ada], count=24) == list(MORE[:20])
+    name = "Bergamo"
+    assert any(name in text for text in MORE) and not any(name in text for text in kept([lin, Edit(name, "{} lives in", "Metz")]))
+
+
 def test_bystanders_stand_in_every_text(tokenizer):
     reworded = [Edit("Linnu", "{} lives in", "Metz", rewordings=["The home of {} is", "{} resides in"])]
     said = ("lives in", "The home of", "resides in")
@@ -156,6 +176,7 @@ def test_bystanders_stand_in_every_text(tokenizer):
     assert len(most) == 3 * len(NAMES) + len(STATEMENTS)
     many = [Edit(f"s{i}", f"{{}} is {i} and", "x") for i in range(90)]
     texts = told(bystander_rows(many, tokenizer, 96), tokenizer)
+    texts = [text for text in texts if text not in MORE]
     assert len(texts) == 96 and all(any(f"is {i} and" in text for text in texts) for i in (0, 1, 88))
     assert not bystander_rows(many, tokenizer, 0)
 
@@ -180,6 +201,7 @@ def test_bystanders_stand_in_the_words_of_earlier_edits(tokenizer):
     found = {"{} plays the": ["The instrument of {} is"], "{} lives in": ["The home of {} is"]}
     texts = told(bystander_rows(edits, tokenizer, 288, earlier, found), tokenizer)
     parts = ("lives in", "plays the", "The instrument of", "The home of")
+    texts = [text for text in texts if text not in MORE]
     named = [text for text in texts if text not in STATEMENTS]
     # Of an earlier edit with the same prompt nothing; it is said already.
     assert [sum(part in text for text in named) for part in parts] == [len(NAMES) - 1] * 3 + [0]
@@ -191,7 +213,7 @@ def test_namesakes_end_as_the_subject_does(tokenizer):
     """Of a subject of several words; none that an edited subject is named in, and none where there are no bystanders."""
     edits = [Edit("Oates Land", "{} lies in", "Asia"), Edit("the Smurfs", "{} air on", "radio"), Edit("Siemens Land", "{} is", "a town")]
     count = 48
-    texts = told(bystander_rows(edits, tokenizer, count), tokenizer)
+    texts = [text for text in told(bystander_rows(edits, tokenizer, count), tokenizer) if text not in MORE]
     alike = [text for text in texts if " Land " in text]
     assert len(texts) == pytest.approx(count + len(alike), abs=3)
     assert sum(text.startswith("<|") or "\n" in text for text in alike) == len(alike) // 2  # in a chat
