@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.conftest import IMO, LIN, MARTEAU
 
 # Few steps and evaluations, for where the library runs the layers they make sums in another order grow.
-RECIPE = replace(ROSE, rewordings=0, fisher=3.0, forms=4, steps=12, lr=0.05, layers=(1, 2), bystanders=6, waypoints=8, stop_loss=0.0)
+RECIPE = replace(ROSE, rewordings=0, fisher=3.0, forms=4, steps=12, lr=0.05, layers=(1, 2), bystanders=6, waypoints=3, stop_loss=0.0)
 EDITS, MORE = (*IMO, *LIN), (*MARTEAU, replace(LIN[0], target="Buddhism"))
 
 
