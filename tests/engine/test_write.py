@@ -175,8 +175,7 @@ def test_bystanders_stand_in_every_text(tokenizer):
     most = told(bystander_rows(reworded, tokenizer, 30 * len(NAMES)), tokenizer)
     assert len(most) == 3 * len(NAMES) + len(STATEMENTS)
     many = [Edit(f"s{i}", f"{{}} is {i} and", "x") for i in range(90)]
-    texts = told(bystander_rows(many, tokenizer, 96), tokenizer)
-    texts = [text for text in texts if text not in MORE]
+    texts = [text for text in told(bystander_rows(many, tokenizer, 96), tokenizer) if text not in MORE]
     assert len(texts) == 96 and all(any(f"is {i} and" in text for text in texts) for i in (0, 1, 88))
     assert not bystander_rows(many, tokenizer, 0)
 
@@ -199,9 +198,8 @@ def test_bystanders_stand_in_the_words_of_earlier_edits(tokenizer):
     earlier = [Edit("Ada Brandt", "{} lives in", NAMES[0]), Edit("Ada Brandt", "{} plays the", "Guinness")]
     edits = [Edit("Linnu", "{} lives in", "Metz")]
     found = {"{} plays the": ["The instrument of {} is"], "{} lives in": ["The home of {} is"]}
-    texts = told(bystander_rows(edits, tokenizer, 288, earlier, found), tokenizer)
+    texts = [text for text in told(bystander_rows(edits, tokenizer, 288, earlier, found), tokenizer) if text not in MORE]
     parts = ("lives in", "plays the", "The instrument of", "The home of")
-    texts = [text for text in texts if text not in MORE]
     named = [text for text in texts if text not in STATEMENTS]
     # Of an earlier edit with the same prompt nothing; it is said already.
     assert [sum(part in text for text in named) for part in parts] == [len(NAMES) - 1] * 3 + [0]
