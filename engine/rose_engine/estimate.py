@@ -38,7 +38,7 @@ from rose_engine.optimize import BATCH_TOKENS, STEP_TOKENS, SubjectRows, batches
 from rose_engine.packing import build_tree, inputs, split_rows
 from rose_engine.recipe import Recipe
 from rose_engine.statements import MORE
-from rose_engine.waypoints import AMONG_SEVERAL
+from rose_engine.waypoints import evaluations_of
 from rose_kernels.layer import DTYPES, WIDTH, available, products_
 
 # Means over 200 same-subject records of three to five facts, in the forms of ROSE and SmolLM2's tokens, of each row: its suffix, its
@@ -192,7 +192,7 @@ def seconds(shapes: Shapes, work: Work, recipe: Recipe, rate: Callable[[int], fl
     passes = sum(recipe.last_layer + 1 - layer for layer in recipe.layers) + below  # each layer is read with the ones before it written
     write = passes * s.layer * rate(work.write_nodes) + len(recipe.layers) * s.d * s.d_in * rate(2 * work.columns)
     if recipe.waypoints and len(recipe.layers) > 1:
-        evaluations = recipe.waypoints * (AMONG_SEVERAL if work.subjects > 1 else 1)
+        evaluations = evaluations_of(recipe.waypoints, work.subjects > 1)
         write += evaluations * 2 * (recipe.last_layer - recipe.layers[0]) * s.layer * rate(work.columns)
     if recipe.bystanders:
         write += below * s.layer * rate(bystander_nodes(recipe, work.subjects))

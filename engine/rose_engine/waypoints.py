@@ -50,6 +50,11 @@ AMONG_SEVERAL = 3
 LEARNT = 1.0
 
 
+def evaluations_of(asked: int, several: bool) -> int:
+    """How often the cost is evaluated for a subject; asked: the recipe's number; several: whether it is one of several in the weights."""
+    return asked * AMONG_SEVERAL if several else asked
+
+
 @dataclass(frozen=True)
 class Course:
     """What no waypoint changes: the unwritten model on the texts of a write.

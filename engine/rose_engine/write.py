@@ -25,7 +25,7 @@ from rose_engine.forward import run_layers, run_tree, tree_on, whole_tree
 from rose_engine.keys import every_key, reading
 from rose_engine.precondition import Preconditioner
 from rose_engine.recipe import Recipe
-from rose_engine.waypoints import AMONG_SEVERAL, LEARNT, Course, course, waypoints
+from rose_engine.waypoints import LEARNT, Course, course, evaluations_of, waypoints
 from rose_kernels import add_low_rank_, forget_refused, raise_refused, rank_gram, rank_solve, rank_update_
 from rose_kernels.rank_update import check_finite
 
@@ -71,7 +71,7 @@ def write_layers(
     rows: the facts' rows; subject [rows]: the subject of each. wanted [rows, d] float32: the unedited hidden state after layer L at
     each row's subject token, to which delta [S, d] of its subject is added: z_i. loss [S]: the subjects' mean losses at the last step, in
     nats a token; values of at most `LEARNT` are written by waypoints where the recipe has any, the others in even shares. For waypoints
-    beside others, of this write or of an earlier one that the preconditioner protects, costs are evaluated `AMONG_SEVERAL` times as often.
+    beside others, of this write or of an earlier one that the preconditioner protects, costs are evaluated more often (`evaluations_of`).
     preconditioner(name): that of a weight, with what earlier edits protect. bystanders: rows of which every token's key is protected too.
     ValueError where a system cannot be solved; run it within `all_or_nothing`, for earlier layers are written by then.
     """
@@ -96,7 +96,7 @@ def write_layers(
         held = list(held)
         along = course(decoder, rows, tree, hidden, layers)
         several = len(delta) > 1 or any(one.keys.shape[1] for one in before)
-        evaluations = recipe.waypoints * (AMONG_SEVERAL if several else 1)
+        evaluations = evaluations_of(recipe.waypoints, several)
         aims = _aims(along, planned, list(columns.values()), owner, count, z, delta, held, evaluations)
     written = Written({}, {}, list(range(len(delta))) if recipe.columns == "mean" else owner.tolist())
     for i, (layer, protected) in enumerate(zip(layers, held, strict=True)):
