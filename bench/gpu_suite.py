@@ -2,9 +2,9 @@
 
     python -m bench.gpu_suite --out bench/results/gpu.json
 
-First every operator against its definition in float64 at the engine's shapes; then the kernel benchmarks. The JSON names hardware,
-versions and date. Without a GPU the same code runs at small shapes through Triton's interpreter (TRITON_INTERPRET=1), as a smoke run.
-Exit code 1 where a kernel is wrong.
+First every operator against its definition in float64 at the engine's shapes, and a step of the engine, captured in a CUDA graph and not;
+then the benchmarks of both. The JSON names hardware, versions and date. Without a GPU the same code runs at small shapes through Triton's
+interpreter (TRITON_INTERPRET=1), as a smoke run. Exit code 1 where a kernel is wrong.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
+from bench import step
 from bench.kernels import bench_aggregate, bench_inject, bench_rank_update, bench_target_nll
 from bench.kernels.common import measure, table
 from bench.output import emit
 from rose_kernels import aggregate_step_, backend, inject, rank_update_, reference, row_gradients, target_nll
 
-BENCHMARKS = (bench_inject, bench_aggregate, bench_target_nll, bench_rank_update)
+BENCHMARKS = (bench_inject, bench_aggregate, bench_target_nll, bench_rank_update, step)
 
 
 def checks(device: torch.device, small: bool) -> Iterator[tuple[str, float, float]]:
@@ -67,12 +68,13 @@ def checks(device: torch.device, small: bool) -> Iterator[tuple[str, float, floa
     state = [torch.zeros(3, d, device=device) for _ in range(3)] + [torch.zeros(3, dtype=torch.int32, device=device)]
     exact = [x.double() if x.is_floating_point() else x.clone() for x in state]
     v0_norm, active = torch.tensor([1.0, 2.0, 3.0], device=device), torch.tensor([True, True, False], device=device)
-    for step in range(3):
+    for taken in range(1, 4):
         grad, extra = rand(sum(lengths), d), rand(3, d)
         ours = aggregate_step_(grad, *offsets, *state, v0_norm, active, extra)
         true = reference.aggregate_step_(grad.double(), *offsets, *exact, v0_norm.double(), active, extra.double())
-        yield f"aggregate_step_ centroids, step {step + 1}", error(ours, true), 1e-5
-        yield f"aggregate_step_ delta, step {step + 1}", error(state[0], exact[0]), 1e-3
+        yield f"aggregate_step_ centroids, step {taken}", error(ours, true), 1e-5
+        yield f"aggregate_step_ delta, step {taken}", error(state[0], exact[0]), 1e-3
+    yield from step.checks(device)
 
 
 def run(small: bool, device: torch.device, compiled: bool) -> dict[str, Any]:

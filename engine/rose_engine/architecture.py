@@ -35,6 +35,9 @@ class Family:
     post_norm: str | None = None
 
 
+# Of a layer the cosines and sines that its attention turns by, or None where positions are not rotated.
+Rotary = Callable[[int], tuple[Tensor, Tensor] | None]
+
 LLAMA_LIKE = Family()
 POST_NORM = Family(post_norm="post_feedforward_layernorm")
 FAMILIES: dict[str, Family] = {
@@ -103,7 +106,7 @@ class Decoder:
         embedded = self.embedding(token)
         return embedded if self.positions is None else embedded + self.positions(position)
 
-    def rotations(self, hidden: Tensor, position: Tensor) -> Callable[[int], tuple[Tensor, Tensor] | None]:
+    def rotations(self, hidden: Tensor, position: Tensor) -> Rotary:
         """Of each layer the cosines and sines that its attention turns by; families with local and global layers have two pairs."""
         if self.rotary is None:
             return lambda layer: None

@@ -1,19 +1,22 @@
 """Attention over packed tokens, by the library: how the engine's layouts reach the model's own attention layers.
 
 transformers' `AttentionInterface` lets a decoder layer call a function of ours in place of its attention core; the layer's attention mask
-reaches it in every family, and so the layout travels as the mask. Three layouts exist: `TreeAttention` for a prefix tree,
-`SuffixAttention` for suffixes over cached prefixes, and `GrowingAttention` for rows that are continued token by token. Queries, keys and
-values arrive as [1, heads, N, head_dim], and the core runs in float32 on the CPU, where PyTorch's attention is slow in narrower types.
+reaches it in every family, and so the layout travels as the mask. Four layouts exist: `TreeAttention` for a prefix tree,
+`SuffixAttention` for suffixes over cached prefixes, `VarlenAttention` for the same by FlashAttention, without padding, and
+`GrowingAttention` for rows that are continued token by token. Queries, keys and values arrive as [1, heads, N, head_dim], and the core
+runs in float32 on the CPU, where PyTorch's attention is slow in narrower types.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from rose_engine.packing import Suffixes, Tree
@@ -117,6 +120,44 @@ class SuffixAttention:
         values = torch.cat([past(self.tree.values[layer]), spread(v)], dim=2)
         out = _core(spread(q), keys, values, self.mask, scaling, softcap).transpose(1, 2).flatten(0, 1)[s.flat]
         return out[None].to(q.dtype)
+
+
+class _Placed(torch.autograd.Function):
+    """x [N, KV, h] at its places in a buffer [places, KV, h] that is written into; the gradient is that of those places."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, buffer: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return buffer.index_copy_(0, place, x).detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[ctx.saved_tensors[0]], None, None
+
+
+@dataclass(frozen=True)
+class VarlenAttention:
+    """The tokens of each row attend to its prefix and, causally, to its suffix: packed queries against keys that stand row by row, a row's
+    prefix before its suffix. Nothing is padded, and no prefix is copied.
+
+    keys, values: layer -> [places, KV, h], buffers in which the prefixes stand already. place [N] int64: where each token's key and value
+    are put. query_offset, key_offset [rows + 1] int32: where each row's queries and keys begin, and the end. longest_query, longest_key:
+    no row has more.
+    """
+
+    keys: Mapping[int, Tensor]
+    values: Mapping[int, Tensor]
+    place: Tensor
+    query_offset: Tensor
+    key_offset: Tensor
+    longest_query: int
+    longest_key: int
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        keys, values = _Placed.apply(k, self.keys[layer], self.place), _Placed.apply(v, self.values[layer], self.place)
+        offsets, longest = (self.query_offset, self.key_offset), (self.longest_query, self.longest_key)
+        return varlen_attn(q, keys, values, *offsets, *longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]
 
 
 def _attend(module: nn.Module, query, key, value, attention_mask, scaling, softcap=None, **kwargs):

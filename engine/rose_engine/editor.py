@@ -25,6 +25,7 @@ from rose_engine.architecture import check_placed, decoder_of
 from rose_engine.base import Base
 from rose_engine.branch import Branch, check_gradient, pass_gradients
 from rose_engine.bystanders import bystander_rows
+from rose_engine.captured import Frames
 from rose_engine.certificate import Certificate, Observation, certificate_of, observation, subject_keys
 from rose_engine.delta import FORMAT, Delta, DeltaError, rebased, state_id
 from rose_engine.dtype import dtype_of
@@ -106,6 +107,7 @@ class Editor:
             check_gradient(self.decoder.projection(len(self.decoder.layers) - 1), self.decoder.head.dtype)
         self._group, sharding = group, self.decoder.sharding
         self._base = Base(self.decoder)
+        self._frames = Frames()
         self._applied: list[Delta] = []
         self._memory = Memory() if sharding is None else Memory(lambda keys: sharding.part(keys, 0))
         groups = [g for g in (sharding and sharding.group, group) if g is not None]
@@ -184,7 +186,7 @@ class Editor:
         clock("verify")
         rows = [row for plan in plans for row in plan.facts]
         if values is None:
-            values = optimize_spread(self.decoder, plans, recipe, self._group, progress, clock, coordinates)
+            values = optimize_spread(self.decoder, plans, recipe, self._group, progress, clock, coordinates, self._frames)
         elif (len(values.delta), len(values.wanted)) != (len(subjects), len(rows)):
             raise ValueError(
                 f"the values are of {len(values.delta)} subjects and {len(values.wanted)} rows, not {len(subjects)} and {len(rows)}"

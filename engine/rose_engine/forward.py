@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rose_engine import block
-from rose_engine.architecture import Decoder
-from rose_engine.attention import SuffixAttention, TreeAttention, attention_of
+from rose_engine.architecture import Decoder, Rotary
+from rose_engine.attention import SuffixAttention, TreeAttention, VarlenAttention, attention_of
 from rose_engine.forms import Row
 from rose_engine.packing import Suffixes, Tree, build_tree, inputs, pack_suffixes
 from rose_engine.sharding import scores
@@ -31,8 +31,16 @@ from rose_kernels.reference import capped, wide
 OUTPUT_ROWS = 64
 
 
-def run_layers(decoder: Decoder, hidden: Tensor, position: Tensor, layers: range, attention: TreeAttention | SuffixAttention) -> Tensor:
-    """Apply decoder layers to packed tokens: hidden [N, d], position [N]; returns [N, d].
+def run_layers(
+    decoder: Decoder,
+    hidden: Tensor,
+    position: Tensor,
+    layers: range,
+    attention: TreeAttention | SuffixAttention | VarlenAttention,
+    rotary: Rotary | None = None,
+) -> Tensor:
+    """Apply decoder layers to packed tokens: hidden [N, d], position [N]; returns [N, d]. rotary: `Decoder.rotations` of these tokens, from
+    a caller that has them.
 
     Layers in float32 that `block` knows are run by it, unless a gradient is asked for. In narrower dtypes the library's run: it rounds the
     residual stream, as the edited model will.
@@ -40,7 +48,7 @@ def run_layers(decoder: Decoder, hidden: Tensor, position: Tensor, layers: range
     if not layers or not len(hidden):
         return hidden
     hidden, position = hidden[None], position[None]
-    rotary = decoder.rotations(hidden, position)
+    rotary = rotary or decoder.rotations(hidden, position)
     with attention_of(decoder.model):
         for layer in layers:
             written = block.block_of(decoder.layers[layer]) if hidden.dtype == torch.float32 and not torch.is_grad_enabled() else None
@@ -223,11 +231,16 @@ def suffix_step(batch: Batch, delta: Tensor, subject: Tensor) -> Step:
 
     loss_row = mean over the row's targets of -log P(target), or KL(P_0 || P_delta) on a neutral row    (method.md section 1)
     """
-    s = batch.suffixes
-    count = torch.bincount(s.target_row, minlength=len(s.row)).clamp(min=1)
+    s, p = batch.suffixes, batch.prepared
+    count = s.targets.clamp(min=1)
+    weight = (1 / count.to(batch.reference.dtype))[s.target_row]
     hidden = inject(batch.hidden, delta, s.start, subject)
-    step = _library_step if batch.prepared.blocks is None else _written_step
-    nll, kl, grad = step(batch, hidden, count)
+    if p.blocks is None:
+        reads = Reads(s.predict, s.target, weight, s.start[batch.neutral], batch.reference)
+        nll, kl, grad = library_step(p.decoder, hidden, s.position, p.layers, batch.layout, reads)
+        grad = row_gradients(grad, s.start)
+    else:
+        nll, kl, grad = _written_step(batch, hidden, weight)
     loss = nll.new_zeros(len(s.row)).index_add(0, s.target_row, nll) / count
     return Step(nll, loss.index_add(0, batch.neutral, kl), grad)
 
@@ -244,29 +257,51 @@ def suffix_nll(batch: Batch, delta: Tensor, subject: Tensor) -> Tensor:
     return target_nll(top, p.decoder.head, s.target, p.decoder.softcap)
 
 
-def _library_step(batch: Batch, hidden: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """nll [T], KL [K] and row gradients [B, d] by the library's layers and autograd."""
-    s, decoder = batch.suffixes, batch.prepared.decoder
+@dataclass(frozen=True)
+class Reads:
+    """Where a step reads the top of the model: predict [T], target [T], weight [T]: the tokens that predict a target, the target, and its
+    share in the loss. neutral [K], reference [K, V]: the tokens and the unedited log-probabilities of the regulariser. share [K]: theirs
+    in the loss; None: 1."""
+
+    predict: Tensor
+    target: Tensor
+    weight: Tensor
+    neutral: Tensor
+    reference: Tensor
+    share: Tensor | None = None
+
+
+def library_step(
+    decoder: Decoder,
+    hidden: Tensor,
+    position: Tensor,
+    layers: range,
+    attention: SuffixAttention | VarlenAttention,
+    reads: Reads,
+    rotary: Rotary | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """nll [T], KL [K] and the gradient [N, d] of sum weight nll + sum share KL in `hidden`, by the library's layers and autograd."""
     hidden.requires_grad_()
     with torch.enable_grad():
-        top = run_layers(decoder, hidden, s.position, batch.prepared.layers, batch.layout)
-        nll = target_nll_of(decoder, top[s.predict], s.target)
-        loss = (nll / count[s.target_row]).sum()
-        kl = nll.new_zeros(0)
-        if len(batch.neutral):
-            prediction = logits(decoder, top[s.start[batch.neutral]]).log_softmax(-1)
-            kl = (batch.reference.exp() * (batch.reference - prediction)).sum(-1)
-        (grad,) = torch.autograd.grad(loss + kl.sum(), hidden)
-    return nll.detach(), kl.detach(), row_gradients(grad.contiguous(), s.start)
+        top = run_layers(decoder, hidden, position, layers, attention, rotary)
+        nll = target_nll_of(decoder, top[reads.predict], reads.target)
+        loss, kl = (reads.weight * nll).sum(), nll.new_zeros(0)
+        if len(reads.neutral):
+            prediction = logits(decoder, top[reads.neutral]).log_softmax(-1)
+            kl = (reads.reference.exp() * (reads.reference - prediction)).sum(-1)
+            kl = kl if reads.share is None else reads.share * kl
+            loss = loss + kl.sum()
+        (grad,) = torch.autograd.grad(loss, hidden)
+    return nll.detach(), kl.detach(), grad.contiguous()
 
 
 @torch.no_grad()
-def _written_step(batch: Batch, hidden: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by `block`."""
+def _written_step(batch: Batch, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """nll [T], KL [K] and row gradients [B, d] by `block`."""
     s, p = batch.suffixes, batch.prepared
     outputs = torch.cat([s.predict, s.start[batch.neutral]])
     top, kept = block.forward(p.blocks, batch.layout, hidden, outputs, p.space)
-    nll, kl, grad = _read_out(p.decoder, top, s.target, 1 / count[s.target_row], batch.reference, p.space)
+    nll, kl, grad = _read_out(p.decoder, top, s.target, weight, batch.reference, p.space)
     return nll, kl, block.backward(p.blocks, batch.layout, kept, grad, s.start)
 
 

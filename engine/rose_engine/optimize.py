@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rose_engine import captured
 from rose_engine.architecture import Decoder
+from rose_engine.captured import Frame, Frames
 from rose_engine.edits import Subject
 from rose_engine.fisher import Coordinates
 from rose_engine.forms import Form, Row, forms_for, prefix_forms, regulariser_row, row_of
-from rose_engine.forward import pack, prepare, suffix_step
+from rose_engine.forward import Prepared, Step, pack, prepare, suffix_step
 from rose_engine.packing import inputs, split_rows
 from rose_engine.recipe import Recipe
 from rose_kernels import aggregate_step_
@@ -31,17 +33,19 @@ from rose_kernels.reference import segment_mean
 # memory of a step, the second that of a batch; neither changes a result beyond rounding.
 STEP_TOKENS = 320
 BATCH_TOKENS = 640
+# Steps from one look of the host at the losses to the next, by device, 1 where none is told. A look at a GPU's waits for all it has to do.
+READ_EVERY = {"cuda": 8}
 
 
 class Diverged(FloatingPointError):
-    """The loss of some subjects is not finite. subjects: their places in the call, from 0."""
+    """The loss of some subjects is not finite. subjects: their places in the call, from 0; step: at which it was seen."""
 
     def __init__(self, subjects: Sequence[int], step: int):
         super().__init__(f"the loss is not finite at step {step}; a smaller lr or float32 weights may help")
         self.subjects, self.step = tuple(subjects), step
 
 
-# progress(subjects done, subjects in all, step, mean loss of the batch)
+# progress(subjects done, subjects in all, step, mean loss of the batch), as often as the host looks (`READ_EVERY`)
 Progress = Callable[[int, int, int, float], None]
 # clock(stage): the stage, "prepare" or "optimise", has just ended
 Clock = Callable[[str], None]
@@ -124,19 +128,21 @@ def optimize_values(
     clock: Clock = lambda stage: None,
     *,
     coordinates: Coordinates | None = None,
+    frames: Frames | None = None,
     batch_tokens: int = BATCH_TOKENS,
     step_tokens: int = STEP_TOKENS,
 ) -> Values:
     """Optimise one delta for each subject, as many subjects at a time as `batch_tokens` suffix tokens hold.
 
+    frames: where steps are captured, those of earlier calls with this decoder, to be used again.
     coordinates: in which Adam steps, delta = T u (`fisher`); None is the identity. In them weight decay and clamp are those of u, and the
     clamp is so much smaller that delta stays within its own. Diverged where a loss is not finite.
     """
-    parts, done = [], 0
+    parts, done, frames = [], 0, frames or Frames()
     for members in batches_of(subjects, batch_tokens):
         report = partial(progress, done, len(subjects)) if progress else None
         try:
-            parts.append(_optimize_batch(decoder, members, recipe, report, clock, coordinates, step_tokens))
+            parts.append(_optimize_batch(decoder, members, recipe, report, clock, coordinates, frames, step_tokens))
         except Diverged as e:
             raise Diverged([done + subject for subject in e.subjects], e.step) from None
         done += len(members)
@@ -165,6 +171,7 @@ def _optimize_batch(
     progress: Callable[[int, float], None] | None,
     clock: Clock,
     coordinates: Coordinates | None,
+    frames: Frames,
     step_tokens: int,
 ) -> Values:
     rows = [row for subject in subjects for row in subject.facts]
@@ -190,26 +197,29 @@ def _optimize_batch(
     row_loss = v0.new_zeros(len(rows))
 
     noise = Noise(recipe.noise, [len(s.facts) for s in subjects], recipe.seed, v0.device) if recipe.noise else None
-    first_centroids, alive, batches = None, None, []
+    stepping = _in_frames if captured.serves(prepared) else _packed
+    every = READ_EVERY.get(v0.device.type, 1)
+    loss, first_centroids, alive, batches = v0.new_zeros(count), None, None, []
     for step in range(recipe.steps):
-        if alive != (alive := active.tolist()):  # whoever has converged leaves
-            batches = [pack(prepared, index) for index in split_rows(rows, [r for r, s in enumerate(owner) if alive[s]], step_tokens)]
+        if step % every == 0 and alive != (alive := active.tolist()):  # whoever has converged leaves
+            parts = split_rows(rows, [r for r, s in enumerate(owner) if alive[s]], step_tokens)
+            batches = [(on(index), run) for index, run in zip(parts, stepping(prepared, parts, frames), strict=True)]
         given = delta[subject] if noise is None else delta[subject] + noise.of(delta)
-        for batch in batches:
-            index = batch.suffixes.row
-            result = suffix_step(batch, given, index)
+        for index, run in batches:
+            result = run(given, index)
             row_grad[index], row_loss[index] = result.grad, result.loss
         if decoder.sharding is not None:  # ranks that share weights take the same steps
             decoder.sharding.same(row_grad)
             decoder.sharding.same(row_loss)
-        loss = segment_mean(segment_mean(row_loss[:facts], relation_offset), subject_offset)
-        if not torch.isfinite(loss).all():
-            raise Diverged((~torch.isfinite(loss)).nonzero()[:, 0].tolist(), step)
+        loss = torch.where(active, segment_mean(segment_mean(row_loss[:facts], relation_offset), subject_offset), loss)
         active &= ~(loss < recipe.stop_loss)
-        if progress is not None:
-            progress(step, float(loss.mean()))
-        if first_centroids is not None and not active.any():
-            break
+        if step % every == every - 1 or step == recipe.steps - 1:
+            if not torch.isfinite(loss).all():
+                raise Diverged((~torch.isfinite(loss)).nonzero()[:, 0].tolist(), step)
+            if progress is not None:
+                progress(step, float(loss.mean()))
+            if first_centroids is not None and not active.any():
+                break
         if first_centroids is None:
             first_centroids = segment_mean(row_grad[:facts], relation_offset)
         grad = _scaled(row_grad, coordinates)
@@ -231,6 +241,25 @@ def _optimize_batch(
         delta = _scaled(u, coordinates)
     clock("optimise")
     return Values(delta, v0, wanted, loss, steps, first_centroids)
+
+
+# A step of some rows: (given [all rows, d], which rows [B]) -> Step
+Run = Callable[[Tensor, Tensor], Step]
+
+
+def _packed(prepared: Prepared, parts: Sequence[Sequence[int]], frames: Frames) -> list[Run]:
+    """A step of each part, as `pack` lays it out."""
+    return [partial(suffix_step, pack(prepared, index)) for index in parts]
+
+
+def _in_frames(prepared: Prepared, parts: Sequence[Sequence[int]], frames: Frames) -> list[Run]:
+    """The same in frames."""
+
+    def run(frame: Frame, given: Tensor, index: Tensor) -> Step:
+        torch.index_select(given, 0, index, out=frame.given[: len(index)])
+        return frame.step()
+
+    return [partial(run, frame) for frame in frames.lay(prepared, parts)]
 
 
 def _scaled(x: Tensor, coordinates: Coordinates | None) -> Tensor:

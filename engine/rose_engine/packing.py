@@ -64,7 +64,7 @@ class Suffixes:
     each row's suffix begins, its subject's last token. pad [B, longest]: token of each padded place (0 where there is
     none). length [B]. prefix [B, longest prefix]: nodes before the suffix (0 where none), prefix_length [B].
     flat [N]: place of each token in the padded [B * longest] layout. predict [T], target [T], target_row [T]: the tokens
-    that predict a target, the target tokens, and the row (0 .. B - 1) that each belongs to.
+    that predict a target, the target tokens, and the row (0 .. B - 1) that each belongs to. targets [B]: how many a row has.
     """
 
     row: Tensor
@@ -79,6 +79,7 @@ class Suffixes:
     predict: Tensor
     target: Tensor
     target_row: Tensor
+    targets: Tensor
 
     def to(self, device: torch.device) -> Suffixes:
         """The same on another device."""
@@ -129,6 +130,7 @@ def pack_suffixes(rows: Sequence[Row], paths: Sequence[Sequence[int]], index: Se
         predict=as_tensor(predict),
         target=as_tensor(target),
         target_row=as_tensor(target_row),
+        targets=as_tensor([len(rows[r].tokens) - rows[r].target for r in index]),
     )
 
 

@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import PreTrainedModel
 
 from rose_engine.architecture import Decoder
+from rose_engine.captured import Frames
 from rose_engine.fisher import Coordinates
 from rose_engine.optimize import BATCH_TOKENS, Clock, Diverged, Progress, SubjectRows, Values, batches_of, optimize_values
 from rose_engine.recipe import Recipe
@@ -97,13 +98,14 @@ def optimize_spread(
     progress: Progress | None,
     clock: Clock,
     coordinates: Coordinates | None = None,
+    frames: Frames | None = None,
 ) -> Values:
     """`optimize_values` with the batches of subjects spread over the ranks of a group, and the same values on all of them.
 
     Diverged on every rank where it is raised on one, RuntimeError where another one failed; progress tells of this rank's subjects alone.
     """
     if group is None or group.size() == 1:
-        return optimize_values(decoder, subjects, recipe, progress, clock, coordinates=coordinates)
+        return optimize_values(decoder, subjects, recipe, progress, clock, coordinates=coordinates, frames=frames)
     # The batches of one process, or smaller ones where there are fewer of them than ranks.
     budget = BATCH_TOKENS if len(batches_of(subjects, BATCH_TOKENS)) >= group.size() else 1
     shares = shares_of([len(batch) for batch in batches_of(subjects, budget)], group.size())
@@ -113,7 +115,7 @@ def optimize_spread(
     status = torch.full((len(subjects) + 1,), -1)
     try:
         if mine:
-            values = optimize_values(decoder, mine, recipe, progress, clock, coordinates=coordinates, batch_tokens=budget)
+            values = optimize_values(decoder, mine, recipe, progress, clock, coordinates=coordinates, frames=frames, batch_tokens=budget)
     except Diverged as e:
         status[[shares[group.rank()] + s for s in e.subjects]] = e.step
     except Exception as e:

@@ -1,0 +1,171 @@
+"""Frames step as packed suffixes do, whatever was laid into them before; FlashAttention's place is taken by its definition, a graph's by
+a record of where it would read. What a GPU alone can show is `bench.gpu_suite`'s."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from rose_engine import attention, captured, optimize
+from rose_engine.architecture import FAMILIES, decoder_of
+from rose_engine.captured import KEPT, SLACK, Frames, fits, shape_of
+from rose_engine.edits import group_by_subject
+from rose_engine.forward import pack, prepare, suffix_step
+from rose_engine.optimize import optimize_values, subject_rows
+from rose_engine.packing import pack_suffixes, split_rows
+from rose_engine.recipe import ROSE
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from tests.conftest import IMO, LIN, MARTEAU
+from tests.engine.test_families import EXTRA
+
+RECIPE = replace(ROSE, rewordings=0, bystanders=0, layers=(1, 2), steps=12, lr=0.05, noise=0.1, stop_loss=0.0)
+
+
+def varlen(q, k, v, query_offset, key_offset, longest_query, longest_key, *, scale, window_size, enable_gqa):
+    """Row by row: the last query sees all keys, each before it one less."""
+    assert window_size == (-1, 0) and enable_gqa and query_offset.dtype == key_offset.dtype == torch.int32
+    done = []
+    for (a, b), (c, e) in zip(pairwise(query_offset.tolist()), pairwise(key_offset.tolist()), strict=True):
+        assert 0 <= b - a <= longest_query and b - a <= e - c <= longest_key
+        keys, values = (x[c:e].repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (k, v))
+        seen = torch.ones(b - a, e - c).tril(e - c - (b - a)).bool()
+        scores = (scale * q[a:b].transpose(0, 1) @ keys.transpose(1, 2)).masked_fill(~seen, float("-inf"))
+        done.append((scores.softmax(-1) @ values).transpose(0, 1))
+    out = torch.cat(done)
+    assert len(out) == len(q) and key_offset[-1] <= len(k)
+    return out
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+
+
+def setting(model, tokenizer, edits=(*IMO, *MARTEAU, *LIN)):
+    decoder = decoder_of(model.requires_grad_(False))
+    return decoder, [subject_rows(decoder, tokenizer, s, RECIPE) for s in group_by_subject(edits)]
+
+
+def rows_of(plans):
+    return [row for plan in plans for row in plan.facts] + [plan.neutral for plan in plans]
+
+
+def check(frame, prepared, index) -> None:
+    """What a frame gives for the rows laid into it, with deltas drawn anew, is what `suffix_step` gives."""
+    batch = pack(prepared, index)
+    given = 0.3 * torch.randn(len(index), prepared.hidden.shape[1])
+    frame.given[: len(index)] = given
+    ours, wanted = frame.step(), suffix_step(batch, given, torch.arange(len(index)))
+    for name, tolerance in (("nll", 1e-5), ("loss", 1e-5), ("grad", 1e-4)):
+        torch.testing.assert_close(getattr(ours, name), getattr(wanted, name), rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.parametrize("kind", sorted(set(FAMILIES) - {"gemma2"}))  # whose attention is capped
+def test_a_frame_steps_as_packed_suffixes(make_model, tokenizer, flash, kind):
+    """And so does a batch that is laid into it next, from another tree."""
+    model = make_model(kind, initializer_range=0.2, pad_token_id=0, **EXTRA.get(kind, {}))
+    decoder, plans = setting(model, tokenizer)
+    frames, rows = Frames(), rows_of(plans)
+    order = torch.randperm(len(rows)).tolist()
+    for given in (rows, [rows[i] for i in order], rows[len(rows) // 2 :]):
+        prepared = prepare(decoder, given, 2)
+        parts = split_rows(given, range(len(given)), 100)
+        before = {id(frame) for frame in frames.held}
+        for frame, index in zip(frames.lay(prepared, parts), parts, strict=True):
+            check(frame, prepared, index)
+            check(frame, prepared, index)
+        if given is not rows and len(given) == len(rows):
+            assert before & {id(frame) for frame in frames.held}
+
+
+def test_frames_are_few_and_hold_their_batches(make_model, tokenizer):
+    decoder, plans = setting(make_model(), tokenizer)
+    rows, frames, made = rows_of(plans), Frames(), set()
+    prepared = prepare(decoder, rows, 2)
+    parts = [sorted(torch.randperm(len(rows))[: len(rows) // 2].tolist()) for _ in range(60)]
+    for index in parts:
+        s, neutral = pack_suffixes(rows, prepared.tree.path, index), sum(r in prepared.neutral for r in index)
+        smallest = shape_of(s, neutral)
+        assert fits(smallest, s, neutral) and len(s.node) < smallest.tokens <= 1.125 * (len(s.node) + 1)
+        (frame,) = frames.lay(prepared, [index])
+        made.add(frame)
+        frame.lay(prepared, index, s)
+        assert frame.shape.tokens <= SLACK * smallest.tokens and frame.shape.targets <= SLACK * smallest.targets
+        assert len(frames.held) <= KEPT
+    assert len(made) < len(parts) / 4
+
+
+class Recorded:
+    """What stands in for the graphs' memory: a graph that runs the step again, where it stood when it was captured."""
+
+    def __init__(self):
+        self.works, self.captures, self.replays = True, 0, 0
+
+    def capture(self, run):
+        run()
+        self.captures += 1
+        frame, there = run.__self__, addresses(run.__self__)
+
+        def replay():
+            assert addresses(frame) == there
+            self.replays += 1
+            run()
+
+        return type("Graph", (), {"replay": staticmethod(replay)})
+
+
+def addresses(frame):
+    buffers = [x for x in vars(frame).values() if isinstance(x, torch.Tensor)]
+    buffers += [x for held in (frame.keys, frame.values, frame.at) for x in held.values()]
+    return [x.data_ptr() for x in (*buffers, *(x for pair in frame.rotary.values() for x in pair))]
+
+
+@pytest.mark.parametrize("stop_loss", [0.0, None])
+def test_values_in_frames_are_those_without(make_model, tokenizer, flash, monkeypatch, stop_loss):
+    """Whoever converges between two looks of the host keeps the value, the loss and the number of steps it had then."""
+    decoder, plans = setting(make_model(seed=5, initializer_range=0.1), tokenizer)
+    trace = []
+    optimize_values(decoder, plans, RECIPE, lambda *told: trace.append(told[-1]))
+    recipe = replace(RECIPE, stop_loss=sorted(trace)[len(trace) // 2] if stop_loss is None else stop_loss)
+    wanted = optimize_values(decoder, plans, recipe, step_tokens=150)
+    assert stop_loss is not None or int(wanted.steps.min()) < recipe.steps
+
+    monkeypatch.setattr(captured, "serves", lambda prepared: True)
+    monkeypatch.setattr(optimize, "READ_EVERY", {"cpu": 5})
+    frames = Frames()
+    frames.pool = Recorded()
+    for _ in range(2):
+        captures = frames.pool.captures
+        values = optimize_values(decoder, plans, recipe, frames=frames, step_tokens=150)
+        assert torch.equal(values.steps, wanted.steps)
+        for name in ("delta", "loss", "centroids"):
+            torch.testing.assert_close(getattr(values, name), getattr(wanted, name), rtol=2e-3, atol=2e-4)
+    assert frames.pool.captures <= captures + (stop_loss is None) * captures  # the second time round they are there already
+    assert frames.pool.replays > frames.pool.captures
+
+
+def test_a_model_that_was_moved_is_captured_anew(make_model, tokenizer, flash):
+    decoder, plans = setting(make_model(), tokenizer)
+    rows, frames = rows_of(plans), Frames()
+    laid = [frames.lay(prepare(decoder, rows, 2), [range(len(rows))])[0] for _ in range(2)]
+    assert laid[0] is laid[1]
+    weight = decoder.layers[4].mlp.up_proj.weight
+    weight.data = weight.data.clone()
+    prepared = prepare(decoder, rows, 2)
+    (frame,) = frames.lay(prepared, [range(len(rows))])
+    assert frame is not laid[0]
+    check(frame, prepared, range(len(rows)))
+
+
+def test_the_host_reads_nothing_within_a_step(make_model, tokenizer):
+    """Tensors without data: whatever would be read raises. FlashAttention's own description of what it gives takes its place."""
+    model = make_model("qwen2", **EXTRA["qwen2"]).to(torch.bfloat16)
+    decoder, plans = setting(model, tokenizer)
+    rows = rows_of(plans)
+    prepared = prepare(decoder, rows, 2)
+    (frame,) = Frames().lay(prepared, [range(len(rows))])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        frame.step()
+        with pytest.raises(DataDependentOutputException):
+            frame.loss.sum().item()
