@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from rose_engine.packing import Suffixes, Tree
 NAME = "rose"
 # Nodes of a tree that `TreeAttention` asks at one time.
 QUERY_BLOCK = 256
+# That several heads of queries share a head of keys has to be said from PyTorch 2.12 on.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def _core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
@@ -138,7 +141,7 @@ class _Placed(torch.autograd.Function):
 @dataclass(frozen=True)
 class VarlenAttention:
     """The tokens of each row attend to its prefix and, causally, to its suffix: packed queries against keys that stand row by row, a row's
-    prefix before its suffix. Nothing is padded, and no prefix is copied.
+    prefix before its suffix. Nothing is padded, and a call copies no prefix.
 
     keys, values: layer -> [places, KV, h], buffers in which the prefixes stand already. place [N] int64: where each token's key and value
     are put. query_offset, key_offset [rows + 1] int32: where each row's queries and keys begin, and the end. longest_query, longest_key:
@@ -157,7 +160,7 @@ class VarlenAttention:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         keys, values = _Placed.apply(k, self.keys[layer], self.place), _Placed.apply(v, self.values[layer], self.place)
         offsets, longest = (self.query_offset, self.key_offset), (self.longest_query, self.longest_key)
-        return varlen_attn(q, keys, values, *offsets, *longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]
+        return varlen_attn(q, keys, values, *offsets, *longest, scale=scaling, window_size=(-1, 0), **GROUPED)[None]
 
 
 def _attend(module: nn.Module, query, key, value, attention_mask, scaling, softcap=None, **kwargs):

@@ -38,7 +38,7 @@ READ_EVERY = {"cuda": 8}
 
 
 class Diverged(FloatingPointError):
-    """The loss of some subjects is not finite. subjects: their places in the call, from 0; step: at which it was seen."""
+    """The loss of some subjects was not finite. subjects: their places in the call, from 0; step: at which that was seen."""
 
     def __init__(self, subjects: Sequence[int], step: int):
         super().__init__(f"the loss is not finite at step {step}; a smaller lr or float32 weights may help")
@@ -192,7 +192,7 @@ def _optimize_batch(
     u, exp_avg, exp_avg_sq = (torch.zeros_like(v0) for _ in range(3))
     delta = u
     steps = torch.zeros(count, dtype=torch.int32, device=v0.device)
-    active = torch.ones(count, dtype=torch.bool, device=v0.device)
+    active, diverged = torch.ones(count, dtype=torch.bool, device=v0.device), torch.zeros(count, dtype=torch.bool, device=v0.device)
     row_grad = v0.new_zeros(len(rows), v0.shape[1])
     row_loss = v0.new_zeros(len(rows))
 
@@ -213,9 +213,10 @@ def _optimize_batch(
             decoder.sharding.same(row_loss)
         loss = torch.where(active, segment_mean(segment_mean(row_loss[:facts], relation_offset), subject_offset), loss)
         active &= ~(loss < recipe.stop_loss)
+        diverged |= ~torch.isfinite(loss)
         if step % every == every - 1 or step == recipe.steps - 1:
-            if not torch.isfinite(loss).all():
-                raise Diverged((~torch.isfinite(loss)).nonzero()[:, 0].tolist(), step)
+            if diverged.any():
+                raise Diverged(diverged.nonzero()[:, 0].tolist(), step)
             if progress is not None:
                 progress(step, float(loss.mean()))
             if first_centroids is not None and not active.any():
