@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, chain
+from itertools import chain
 from typing import NamedTuple
 from weakref import WeakSet
 
@@ -68,10 +68,9 @@ def shape_of(suffixes: Suffixes, neutral: int) -> Shape:
     return Shape(*map(max, shape, LEAST))
 
 
-def fits(shape: Shape, suffixes: Suffixes, neutral: int) -> bool:
-    """Whether a frame of a shape holds a batch, without running much more than the batch has."""
-    s, wanted = suffixes, shape_of(suffixes, neutral)
-    left = shape.tokens - len(s.node)  # the last row's
+def fits(shape: Shape, wanted: Shape, suffixes: Suffixes) -> bool:
+    """Whether a frame of a shape holds a batch, without running much more than the batch has. wanted: the batch's smallest shape."""
+    s, left = suffixes, shape.tokens - len(suffixes.node)  # left: the last row's
     if any(have < want for have, want in zip(shape, wanted, strict=True)) or left > min(shape.longest_query, shape.longest_key):
         return False
     larger = max(shape.tokens / wanted.tokens, shape.targets / wanted.targets)
@@ -307,16 +306,19 @@ class Frames:
         for index in parts:
             suffixes = pack_suffixes(prepared.rows, prepared.tree.path, index)
             neutral = [b for b, r in enumerate(index) if r in prepared.neutral]
-            found = [frame for frame in self.held if fits(frame.shape, suffixes, len(neutral))]
-            shape = min((frame.shape for frame in found), default=shape_of(suffixes, len(neutral)))
-            layout = layout_of(suffixes, shape, neutral)
-            frame = next((frame for frame in found if frame.shape == shape), None) or Frame(prepared, shape, layout, self.pool)
+            wanted = shape_of(suffixes, len(neutral))
+            found = [frame for frame in self.held if fits(frame.shape, wanted, suffixes)]
+            frame = min(found, key=lambda frame: frame.shape, default=None)
+            layout = layout_of(suffixes, frame.shape if frame else wanted, neutral)
+            frame = frame or Frame(prepared, wanted, layout, self.pool)
             frame.lay(prepared, index, suffixes, layout)
             self.held = [other for other in self.held if other is not frame]
             taken.append(frame)
-        room = accumulate((frame.key_bytes for frame in self.held), initial=sum(frame.key_bytes for frame in taken))
-        fit = sum(total <= KEPT_BYTES for total in [*room][1:])
-        self.held = taken + self.held[: max(0, min(fit, KEPT - len(taken)))]
+        rest, self.held = self.held, list(taken)
+        for frame in rest:
+            if len(self.held) >= KEPT or sum(one.key_bytes for one in (*self.held, frame)) > KEPT_BYTES:
+                break
+            self.held.append(frame)
         return taken
 
 

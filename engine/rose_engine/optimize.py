@@ -197,13 +197,12 @@ def _optimize_batch(
     row_loss = v0.new_zeros(len(rows))
 
     noise = Noise(recipe.noise, [len(s.facts) for s in subjects], recipe.seed, v0.device) if recipe.noise else None
-    stepping = _in_frames if captured.serves(prepared) else _packed
     every = READ_EVERY.get(v0.device.type, 1)
     loss, first_centroids, alive, batches = v0.new_zeros(count), None, None, []
     for step in range(recipe.steps):
         if step % every == 0 and alive != (alive := active.tolist()):  # whoever has converged leaves
             parts = split_rows(rows, [r for r, s in enumerate(owner) if alive[s]], step_tokens)
-            batches = [(on(index), run) for index, run in zip(parts, stepping(prepared, parts, frames), strict=True)]
+            batches = [(on(index), run) for index, run in zip(parts, _steps_of(prepared, parts, frames), strict=True)]
         given = delta[subject] if noise is None else delta[subject] + noise.of(delta)
         for index, run in batches:
             result = run(given, index)
@@ -244,23 +243,17 @@ def _optimize_batch(
     return Values(delta, v0, wanted, loss, steps, first_centroids)
 
 
-# A step of some rows: (given [all rows, d], which rows [B]) -> Step
-Run = Callable[[Tensor, Tensor], Step]
-
-
-def _packed(prepared: Prepared, parts: Sequence[Sequence[int]], frames: Frames) -> list[Run]:
-    """A step of each part, as `pack` lays it out."""
+def _steps_of(prepared: Prepared, parts: Sequence[Sequence[int]], frames: Frames) -> list[Callable[[Tensor, Tensor], Step]]:
+    """Of the rows of each part what takes a step, from the deltas of all rows [rows, d] and which of them these are [B]: a frame where
+    frames serve, and otherwise packed suffixes."""
+    if captured.serves(prepared):
+        return [partial(_step_in, frame) for frame in frames.lay(prepared, parts)]
     return [partial(suffix_step, pack(prepared, index)) for index in parts]
 
 
-def _in_frames(prepared: Prepared, parts: Sequence[Sequence[int]], frames: Frames) -> list[Run]:
-    """The same in frames."""
-
-    def run(frame: Frame, given: Tensor, index: Tensor) -> Step:
-        torch.index_select(given, 0, index, out=frame.given[: len(index)])
-        return frame.step()
-
-    return [partial(run, frame) for frame in frames.lay(prepared, parts)]
+def _step_in(frame: Frame, given: Tensor, index: Tensor) -> Step:
+    torch.index_select(given, 0, index, out=frame.given[: len(index)])
+    return frame.step()
 
 
 def _scaled(x: Tensor, coordinates: Coordinates | None) -> Tensor:

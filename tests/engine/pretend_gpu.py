@@ -16,7 +16,6 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 TORCH = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
@@ -28,6 +27,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_flatten, tree_map  # noqa: E402
+
+from tests.engine.varlen import varlen, varlen_backward  # noqa: E402
 
 # What the host waited for while `watching`, by its name.
 waits: Counter[str] = Counter()
@@ -43,7 +44,7 @@ def waited(what: str) -> None:
 
 
 class Far(torch.Tensor):
-    """A tensor on cuda:0. data: what it holds, on the host."""
+    """A tensor on cuda:0. held: its data, on the host."""
 
     @staticmethod
     def __new__(cls, held):
@@ -111,52 +112,21 @@ def run(function, args, kwargs):
         named["device"] = "cpu"
     if name == "_varlen_attn":
         q, k, v, *offsets = given[:5]
-        out, lse = _attention(q, k, v, *offsets, given[8])
-        return Far(out), Far(lse), Far(torch.zeros(2, dtype=torch.uint64))
+        out = varlen(q, k, v, *offsets, given[8])
+        return Far(out), Far(torch.zeros(q.shape[1], len(q))), Far(torch.zeros(2, dtype=torch.uint64))
     if name == "_varlen_attn_backward":
         grad, q, k, v, _, _, *offsets = given[:8]
         scale = next(x for x in (*given[8:], *named.values()) if isinstance(x, float))
-        return tuple(map(Far, _attention_backward(grad, q, k, v, *offsets, scale)))
+        return tuple(map(Far, varlen_backward(grad, q, k, v, *offsets, scale)))
     out = function(*given, **named)
     there = bool(far) if asked is None else asked == "cuda"
 
     def placed(x):
         if not isinstance(x, torch.Tensor):
             return x
-        return next((one for one in tensors if held(one) is x), None) if any(held(one) is x for one in tensors) else Far(x) if there else x
+        return next((one for one in tensors if held(one) is x), Far(x) if there else x)
 
     return tree_map(placed, out)
-
-
-def _rows(q, k, v, query_offset, key_offset):
-    """Of each row of `varlen_attn` the slices of its queries and keys, and queries, keys, values [heads, n, h] and what sees what."""
-    for (a, b), (c, e) in zip(pairwise(query_offset.tolist()), pairwise(key_offset.tolist()), strict=True):
-        keys, values = (x[c:e].float().repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (k, v))
-        yield slice(a, b), slice(c, e), q[a:b].float().transpose(0, 1), keys, values, torch.ones(b - a, e - c).tril(e - c - b + a).bool()
-
-
-def _shares(q, k, seen, scale):
-    return (scale * q @ k.transpose(1, 2)).masked_fill(~seen, float("-inf")).softmax(-1)
-
-
-def _attention(q, k, v, query_offset, key_offset, scale):
-    out = torch.full_like(q, torch.nan)
-    for queries, _, row, keys, values, seen in _rows(q, k, v, query_offset, key_offset):
-        out[queries] = (_shares(row, keys, seen, scale) @ values).transpose(0, 1).to(q.dtype)
-    return out, torch.zeros(q.shape[1], len(q))
-
-
-def _attention_backward(grad, q, k, v, query_offset, key_offset, scale):
-    """Gradients in q, k and v; those of keys that no row has are left as memory was."""
-    dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, k, v))
-    for queries, places, row, keys, values, seen in _rows(q, k, v, query_offset, key_offset):
-        share, slope = _shares(row, keys, seen, scale), grad[queries].float().transpose(0, 1)
-        inner = slope @ values.transpose(1, 2)
-        inner = scale * share * (inner - (inner * share).sum(-1, keepdim=True))
-        dq[queries] = (inner @ keys).transpose(0, 1).to(q.dtype)
-        for out, x in ((dk, inner.transpose(1, 2) @ row), (dv, share.transpose(1, 2) @ slope)):
-            out[places] = x.unflatten(0, (k.shape[1], -1)).sum(1).transpose(0, 1).to(k.dtype)
-    return dq, dk, dv
 
 
 host_tensor = torch.tensor

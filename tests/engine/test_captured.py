@@ -4,7 +4,6 @@ a record of where it would read. What a GPU alone can show is `bench.gpu_suite`'
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -21,44 +20,37 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from tests.conftest import IMO, LIN, MARTEAU
 from tests.engine.test_families import EXTRA
+from tests.engine.varlen import varlen, varlen_backward
 
 RECIPE = replace(ROSE, rewordings=0, bystanders=0, layers=(1, 2), steps=12, lr=0.05, noise=0.1, stop_loss=0.0)
 
 
-class Uncovered(torch.autograd.Function):
-    """x as it is; its gradient beyond `end` is what stood in memory, as FlashAttention leaves it."""
+class Varlen(torch.autograd.Function):
+    """What stands in for FlashAttention; as there, gradients of keys that no row has are what stood in memory."""
 
     @staticmethod
-    def forward(ctx, x, end):
-        ctx.end = end
-        return x.clone()
+    def forward(ctx, q, k, v, query_offset, key_offset, scale):
+        ctx.save_for_backward(q, k, v, query_offset, key_offset)
+        ctx.scale = scale
+        return varlen(q, k, v, query_offset, key_offset, scale)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone()
-        grad[ctx.end :] = torch.nan
-        return grad, None
+        return *varlen_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None
 
 
-def varlen(q, k, v, query_offset, key_offset, longest_query, longest_key, *, scale, window_size, **grouped):
-    """Row by row: the last query sees all keys, each before it one less."""
+def varlen_attn(q, k, v, query_offset, key_offset, longest_query, longest_key, *, scale, window_size, **grouped):
+    """Varlen, of what keeps to the contract of PyTorch's."""
     assert window_size == (-1, 0) and grouped == attention.GROUPED and query_offset.dtype == key_offset.dtype == torch.int32
-    k, v = (Uncovered.apply(x, int(key_offset[-1])) for x in (k, v))
-    done = []
-    for (a, b), (c, e) in zip(pairwise(query_offset.tolist()), pairwise(key_offset.tolist()), strict=True):
-        assert 0 <= b - a <= longest_query and b - a <= e - c <= longest_key
-        keys, values = (x[c:e].repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (k, v))
-        seen = torch.ones(b - a, e - c).tril(e - c - (b - a)).bool()
-        scores = (scale * q[a:b].transpose(0, 1) @ keys.transpose(1, 2)).masked_fill(~seen, float("-inf"))
-        done.append((scores.softmax(-1) @ values).transpose(0, 1))
-    out = torch.cat(done)
-    assert len(out) == len(q) and key_offset[-1] <= len(k)
-    return out
+    queries, keys = query_offset.diff(), key_offset.diff()
+    assert (queries >= 0).all() and (queries <= longest_query).all() and (queries <= keys).all() and (keys <= longest_key).all()
+    assert query_offset[-1] == len(q) and key_offset[-1] <= len(k)
+    return Varlen.apply(q, k, v, query_offset, key_offset, scale)
 
 
 @pytest.fixture
 def flash(monkeypatch):
-    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
 
 
 def setting(model, tokenizer, edits=(*IMO, *MARTEAU, *LIN)):
@@ -106,7 +98,7 @@ def test_frames_are_few_and_hold_their_batches(make_model, tokenizer):
     for index in parts:
         s, neutral = pack_suffixes(rows, prepared.tree.path, index), sum(r in prepared.neutral for r in index)
         smallest = shape_of(s, neutral)
-        assert fits(smallest, s, neutral) and len(s.node) < smallest.tokens <= 1.125 * (len(s.node) + 1)
+        assert fits(smallest, smallest, s) and len(s.node) < smallest.tokens <= 1.125 * (len(s.node) + 1)
         (frame,) = frames.lay(prepared, [index])
         made.add(frame)
         assert frame.shape.tokens <= SLACK * smallest.tokens and frame.shape.targets <= SLACK * smallest.targets
