@@ -346,7 +346,8 @@ class Editor:
     def adopt(self, deltas: Sequence[Delta]) -> list[Delta]:
         """Deltas of the same model in another precision, such as a quantised one, as if they had been made on this base.
 
-        They are all those that stood in the weights there, in their order. DeltaError where this model has not their weights.
+        They are all those that stood in the weights there, in their order. What they are worth here `verify` tells: between 4 bits and
+        more much is lost (docs/how-to.md). DeltaError where this model has not their weights.
         """
         layer_of = self.decoder.layer_of()
         self._base.keep([layer_of[name] for name in sorted({name for delta in deltas for name in delta.factors} & set(layer_of))])
