@@ -44,7 +44,7 @@ class Adapter:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._on.set(self._on.get() - 1)
+        self._on.set(max(0, self._on.get() - 1))  # 0 where a generator is closed by another thread than entered it
 
     def remove(self) -> None:
         """Take the branch off the model."""

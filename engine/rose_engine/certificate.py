@@ -229,7 +229,8 @@ def _interference(seen: Observation, before: State, after: State, moved: Tensor,
     scale = moved.norm(dim=-1).mean()
     for name, rows in seen.others:
         place = slice(first, first := first + len(rows))
-        shift = (after.hidden[place] - before.hidden[place]).norm(dim=-1).mean() / scale
+        shift = (after.hidden[place] - before.hidden[place]).norm(dim=-1).mean()
+        shift = shift / scale if scale > 0 else 0.0  # facts that the model knew move nothing
         (nearest, cosine), *_ = _nearest(mean_key(before.keys[layer][place]), keys) or (("", 0.0),)
         found.append(Interference(name, float(shift), nearest, cosine))
     return tuple(found)

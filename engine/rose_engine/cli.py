@@ -16,12 +16,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from rose_engine import ledger_commands
 from rose_engine.terminal import duration, errors, print_certificate, print_inspection, print_report, print_rewordings, progress_on_terminal
+
+if TYPE_CHECKING:
+    from rose_engine.delta import Delta
 
 app = typer.Typer(
     help="Edit facts inside causal language models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -202,6 +205,19 @@ def stream(
             )
 
 
+def _deltas_of(source: Path, at: int | None = None) -> list[Delta]:
+    """Those of a ledger, after commit `at` or the last, or the one of a file, which must have been made on the base alone."""
+    from rose_engine import ledger as book
+    from rose_engine.delta import Delta, DeltaError
+
+    if source.is_dir():
+        return book.deltas(source, at)
+    delta = Delta.load(source)
+    if below := delta.metadata["below"]:
+        raise DeltaError(f"{source}: was made on top of {below} other edits; give the ledger that holds them all")
+    return [delta]
+
+
 @app.command()
 def diagnose(
     source: Annotated[Path, typer.Argument(help="A delta file, or the directory of a ledger.")],
@@ -213,13 +229,9 @@ def diagnose(
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON on standard output.")] = False,
 ) -> None:
     """Measure the geometry of edits: tolerance radius, deviation by form, neighbours, interference with others."""
-    from rose_engine import ledger as book
     from rose_engine.certificate import subject_keys
-    from rose_engine.delta import Delta, DeltaError
 
-    deltas = book.deltas(source) if source.is_dir() else [Delta.load(source)]
-    if not source.is_dir() and deltas[0].metadata["below"]:
-        raise DeltaError(f"{source}: was made on top of {deltas[0].metadata['below']} other edits; give the ledger that holds them all")
+    deltas = _deltas_of(source)
     names = _names(others)
     if plot:
         from rose_engine.diagrams import write_page  # says at once where matplotlib is missing
@@ -248,13 +260,11 @@ def export(
 ) -> None:
     """Ship edits: as a checkpoint, as a PEFT adapter, as tensors; one of them or several."""
     from rose_engine import export as ship
-    from rose_engine import ledger as book
-    from rose_engine.delta import Delta
     from rose_engine.embedded import NAME, checkpoint_folder
 
     if not (checkpoint or peft or tensors):
         raise ship.ExportError("say what to write: --checkpoint, --peft or --tensors")
-    deltas = book.deltas(source, at) if source.is_dir() else [Delta.load(source)]
+    deltas = _deltas_of(source, at)
     base = checkpoint_folder(model)
     if adopt:
         deltas = ship.adopted(base, deltas)

@@ -19,6 +19,8 @@ from typing import Any, TextIO
 SLOT = "{}"
 REQUIRED = ("subject", "prompt", "target")
 FORMATS = ("jsonl", "json", "csv")
+# Characters that a free label may have: it is kept in every report and delta.
+LABEL = 10_000
 
 
 class EditError(ValueError):
@@ -32,8 +34,9 @@ class EditError(ValueError):
 class Edit:
     """One fact to write: `prompt` with the subject in place of `{}` is to be continued by `target`.
 
-    question: the same fact asked as a question; it names the subject (or holds `{}` in its place). It is used while editing, as are
-    rewordings: other prompts with `{}` that the target continues as well ("{} works as a" beside "The occupation of {} is").
+    question: the same fact asked as a question; it holds `{}` in the subject's place, or names it in words of its own. It is used while
+    editing, as are rewordings: other prompts with `{}` that the target continues as well ("{} works as a" beside "The occupation of {}
+    is").
     relation, id: free labels, kept in reports and deltas. source: where the edit was read, for messages.
     EditError where a field is missing, empty or of the wrong type, or where `{}` is not in the prompt or a rewording exactly once.
     """
@@ -59,14 +62,15 @@ class Edit:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise EditError(f"`{name}` must be a string or absent, given {type(value).__name__}", self.source)
+            if value is not None and name != "question" and len(value) > LABEL:
+                raise EditError(f"`{name}` has {len(value)} characters, and may have {LABEL}", self.source)
             _check_encodable(name, value or "", self.source)
         _check_slot("prompt", self.prompt, self.source)
         self._check_rewordings()
         if self.question is not None:
             if not self.question.strip():
                 raise EditError("`question` is empty; leave it out instead", self.source)
-            slots = self.question.count(SLOT)
-            if slots > 1 or (slots == 0 and self.subject.strip() not in self.question):
+            if self.question.count(SLOT) > 1 or subject_in(self.question, self.subject.strip()) is None:
                 raise EditError("`question` must name the subject word for word, or hold {} once in its place", self.source)
 
     def _check_rewordings(self) -> None:
@@ -100,6 +104,24 @@ class Edit:
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("source", "rewordings")}
         found = {name: value for name, value in found.items() if value is not None}
         return found | {"rewordings": list(self.rewordings)} if self.rewordings else found
+
+
+def subject_in(text: str, subject: str) -> tuple[int, int] | None:
+    """Where a text says its subject, as a span of characters: at `{}`, or else where the subject stands last, as words of its own. "Go" is
+    not in "Google"; letters without case, as of Chinese, which puts nothing between words, part them as a space does."""
+    if SLOT in text and not (SLOT in subject and subject in text):
+        start = text.index(SLOT)
+        return start, start + len(SLOT)
+    for found in reversed(list(re.finditer(f"(?={re.escape(subject)})", text))):
+        start, end = found.start(), found.start() + len(subject)
+        if not (_joined(text[start - 1 : start + 1]) or _joined(text[end - 1 : end + 1])):
+            return start, end
+    return None
+
+
+def _joined(pair: str) -> bool:
+    """Whether two characters belong to one word: letters that have case, and digits."""
+    return len(pair) == 2 and all(c.isdecimal() or c.lower() != c.upper() for c in pair)
 
 
 def _check_slot(name: str, text: str, source: str | None) -> None:
@@ -184,11 +206,13 @@ def _json_items(text: str, name: str) -> Iterator[tuple[int, str]]:
     records = _json(text, name)
     if not isinstance(records, list):
         raise EditError(f"holds {type(records).__name__}, not a list of edits; one object a line is JSONL", name)
-    decoder, at = json.JSONDecoder(), text.index("[") + 1
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    at, line, counted = text.index("[") + 1, 1, 0
     for _ in records:
-        at = re.compile(r"[\s,]*").match(text, at).end()
+        at = between.match(text, at).end()
+        line, counted = line + text.count("\n", counted, at), at
         _, end = decoder.raw_decode(text, at)
-        yield text.count("\n", 0, at) + 1, text[at:end]
+        yield line, text[at:end]
         at = end
 
 
@@ -196,11 +220,12 @@ def _json(text: str, name: str, line: int | None = None) -> object:
     """Parse JSON; errors name line and column. A text whose line is known is one edit, in which no key may be said twice."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        keys = [k for k, _ in pairs]
-        repeated = next((k for k in keys if keys.count(k) > 1), None)
-        if repeated is not None:
-            raise EditError(f"field `{repeated}` is given twice", name)
-        return dict(pairs)
+        record: dict[str, object] = {}
+        for key, value in pairs:
+            if key in record:
+                raise EditError(f"field `{key}` is given twice", name)
+            record[key] = value
+        return record
 
     try:
         return json.loads(text, object_pairs_hook=unique if line is not None else None)

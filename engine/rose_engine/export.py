@@ -1,7 +1,7 @@
 """Ship an edit: as a whole Hugging Face checkpoint, as a PEFT LoRA adapter, or as the edited tensors alone.
 
 A checkpoint is made from a base folder without a model in memory: shards that hold edited tensors are copied and the tensors' bytes
-replaced, every other file is linked or copied. All outputs appear whole or not at all.
+replaced, every other file is copied, by the file system itself where that can. All outputs appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,7 +40,7 @@ class ExportError(ValueError):
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name when the block ends well. ExportError where `path` exists and is not empty."""
-    path = Path(path)
+    path = Path(path).resolve()  # of a link, the folder itself
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ExportError(f"{path}: exists and is not an empty folder")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,53 +103,67 @@ def export_checkpoint(base: str | Path, deltas: Sequence[Delta], out: str | Path
             if relative.suffix == ".safetensors" and relative.as_posix() not in files:  # the weights once more, under other names
                 continue
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            if names := [name for name, place in places.items() if place == relative.as_posix()]:
-                _write_shard(file, folder / relative, names, deltas)
+            if stored := {name: place.name for name, place in places.items() if place.file == relative.as_posix()}:
+                _write_shard(file, folder / relative, stored, deltas)
             elif relative.as_posix() not in ("README.md", "rose_edits.json"):
-                _link(file, folder / relative)
+                _copy(file, folder / relative)
+        if left := [file for file in files if not (folder / file).is_file()]:
+            raise ExportError(f"{base}: {left[0]} of its index was not found among its files")
         card = (base / "README.md").read_text("utf-8", "replace").rstrip() + "\n\n" if (base / "README.md").is_file() else ""
         (folder / "README.md").write_text(card + edited_facts(deltas), "utf-8")
         (folder / "rose_edits.json").write_text(json.dumps(_said(deltas), ensure_ascii=False, indent=1) + "\n", "utf-8")
     return Path(out)
 
 
-def _write_shard(file: Path, to: Path, names: Sequence[str], deltas: Sequence[Delta]) -> None:
-    """Copy a safetensors file and replace some tensors' bytes where they lie: shapes and dtypes, and so the header, stay."""
-    shutil.copyfile(file, to)
+def _write_shard(file: Path, to: Path, stored: Mapping[str, str], deltas: Sequence[Delta]) -> None:
+    """Copy a safetensors file and replace some tensors' bytes where they lie: shapes and dtypes, and so the header, stay. stored: by the
+    edited weights' names those in the file."""
+    _copy(file, to)
     with open(to, "r+b") as out:
         length = int.from_bytes(out.read(8), "little")
         header = json.loads(out.read(length))
-        for name in names:
-            out.seek(8 + length + header[name]["data_offsets"][0])
-            out.write(tensor_bytes(edited(_tensor(file, name), name, deltas)))
+        for name, place in stored.items():
+            out.seek(8 + length + header[place]["data_offsets"][0])
+            out.write(tensor_bytes(edited(_tensor(file, place), name, deltas)))
         out.flush()
         os.fsync(out.fileno())
 
 
-def _edited_places(base: Path, deltas: Sequence[Delta]) -> dict[str, str]:
-    """The edited weights and the files of the checkpoint that hold them."""
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint keeps a weight: the file, relative to its folder, and the weight's name there."""
+
+    file: str
+    name: str
+
+
+def _edited_places(base: Path, deltas: Sequence[Delta]) -> dict[str, Place]:
+    """The edited weights by their names in the model, and where the checkpoint keeps them: under the same, or as some are published,
+    GPT-2 among them, without the head's prefix."""
     if not deltas:
         raise ExportError("there are no edits to export")
-    places = _places(base)
-    names = sorted({name for delta in deltas for name in delta.factors})
-    for name in names:
-        if name not in places:
+    places, found = _places(base), {}
+    for name in sorted({name for delta in deltas for name in delta.factors}):
+        stored = next((one for one in (name, name.partition(".")[2]) if one in places), None)
+        if stored is None:
             raise ExportError(f"{base}: has no weight `{name}`")
-        if not (base / places[name]).is_file():
-            raise ExportError(f"{base}: lacks {places[name]}, in which its index says that `{name}` is")
-        with safe_open(str(base / places[name]), framework="pt") as shard:
-            if name not in shard.keys():  # noqa: SIM118 - not a mapping
-                raise ExportError(f"{base}: its index says that `{name}` is in {places[name]}, but it is not")
-    return {name: places[name] for name in names}
+        file = places[stored]
+        if not (base / file).is_file():
+            raise ExportError(f"{base}: lacks {file}, in which its index says that `{stored}` is")
+        with _opened(base / file) as shard:
+            if stored not in shard.keys():  # noqa: SIM118 - not a mapping
+                raise ExportError(f"{base}: its index says that `{stored}` is in {file}, but it is not")
+        found[name] = Place(file, stored)
+    return found
 
 
 def check_base(base: str | Path, deltas: Sequence[Delta]) -> None:
     """ExportError or DeltaError where the deltas do not belong to the checkpoint folder `base`."""
     base, records = Path(base), base_records(deltas)
-    for name, file in _edited_places(base, deltas).items():
+    for name, place in _edited_places(base, deltas).items():
         if not is_quantised(records[name]):
-            _checked(_tensor(base / file, name), name, deltas)
-        elif state_digest(_state_beside(base, name)) != records[name]["sha256"]:
+            _checked(_tensor(base / place.file, place.name), name, deltas)
+        elif state_digest(_state_beside(base, place.name)) != records[name]["sha256"]:
             raise DeltaError(f"the delta belongs to another base: `{name}` was quantised otherwise")
 
 
@@ -160,8 +176,8 @@ def _state_beside(base: Path, name: str) -> dict[str, Tensor]:
 def adopted(base: str | Path, deltas: Sequence[Delta]) -> list[Delta]:
     """The deltas as of the checkpoint folder `base`, the model that they were made on in another precision (`delta.rebased`)."""
     records = {}
-    for name, file in _edited_places(Path(base), deltas).items():
-        shape, stored = base_records(deltas)[name]["shape"], _tensor(Path(base) / file, name)
+    for name, place in _edited_places(Path(base), deltas).items():
+        shape, stored = base_records(deltas)[name]["shape"], _tensor(Path(base) / place.file, place.name)
         (records[name],) = fingerprint({name: _oriented(stored, shape)})
     return rebased(deltas, records)
 
@@ -170,22 +186,29 @@ def _places(base: Path) -> dict[str, str]:
     """Weight name -> the file of the checkpoint that holds it; where there is a single file too it counts, as for transformers."""
     single, index = base / "model.safetensors", base / "model.safetensors.index.json"
     if single.is_file():
-        with safe_open(str(single), framework="pt") as f:
+        with _opened(single) as f:
             return dict.fromkeys(f.keys(), single.name)
     if not index.is_file():
         raise ExportError(f"{base}: holds no safetensors checkpoint")
     try:
-        places = json.loads(index.read_text("utf-8"))["weight_map"]
-        return {name: Path(file).as_posix() for name, file in places.items()}
+        places = {name: Path(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ExportError(f"{index}: is not the index of a checkpoint: {e!r}") from e
+    if outside := next((file for file in places.values() if file.is_absolute() or ".." in file.parts), None):
+        raise ExportError(f"{index}: names {outside}, which is outside of the checkpoint's folder")
+    return {name: file.as_posix() for name, file in places.items()}
 
 
-def _link(file: Path, to: Path) -> None:
-    try:
-        os.link(file.resolve(), to)
-    except OSError:  # another file system
-        shutil.copy2(file, to)
+def _copy(file: Path, to: Path) -> None:
+    """A file of its own, so that whoever changes the export leaves the base as it is; sharing blocks on file systems that can."""
+    with open(file, "rb") as source, open(to, "wb") as target:
+        try:
+            while os.copy_file_range(source.fileno(), target.fileno(), 1 << 30):
+                pass
+            return
+        except (OSError, AttributeError):  # another file system, or another system
+            pass
+    shutil.copyfile(file, to)
 
 
 def _said(deltas: Sequence[Delta]) -> list[dict]:
@@ -193,16 +216,29 @@ def _said(deltas: Sequence[Delta]) -> list[dict]:
 
 
 def export_tensors(base: str | Path, deltas: Sequence[Delta], out: str | Path) -> Path:
-    """The edited tensors alone, whole, as one safetensors file. ExportError and DeltaError as for a checkpoint."""
+    """The edited tensors alone, whole, as one safetensors file, which must not be there yet. ExportError and DeltaError as for a
+    checkpoint."""
+    if Path(out).exists():
+        raise ExportError(f"{out}: exists")
     places = _edited_places(Path(base), deltas)
     with replacing(out) as temporary:
-        save_file({name: edited(_tensor(Path(base) / file, name), name, deltas) for name, file in places.items()}, temporary)
+        save_file({name: edited(_tensor(Path(base) / p.file, p.name), name, deltas) for name, p in places.items()}, temporary)
     return Path(out)
 
 
 def _tensor(file: Path, name: str) -> Tensor:
-    with safe_open(str(file), framework="pt") as shard:
+    with _opened(file) as shard:
         return shard.get_tensor(name)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file. ExportError where it is none, such as a pointer that git-lfs left in its place."""
+    try:
+        with safe_open(str(file), framework="pt") as shard:
+            yield shard
+    except SafetensorError as e:
+        raise ExportError(f"{file}: is not a whole safetensors file: {e}") from e
 
 
 def export_peft(deltas: Sequence[Delta], out: str | Path, *, base: str, rank: int | None = None, tolerance: float = 1e-6) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rose_engine.edits import SLOT, Edit, EditError
+from rose_engine.edits import SLOT, Edit, EditError, subject_in
 
 # Stands for the user's text while a chat template is rendered, so that the template never sees the text itself.
 _PLACEHOLDER = "\x02user-text\x03"
@@ -167,11 +167,8 @@ def render(edit: Edit, form: Form, tokenizer: Any) -> tuple[str, str, tuple[int,
         return _turned(edit, form)
     asks = form.ask is not None and edit.question is not None
     body = edit.question if asks else edit.prompt
-    if asks and subject in body:
-        start = body.rindex(subject)
-    else:
-        start = body.index(SLOT)
-        body = body[:start] + subject + body[start + len(SLOT) :]
+    start, end = subject_in(body, subject)
+    body = body[:start] + subject + body[end:]
     if form.chat:  # chat templates strip a message
         start -= len(body) - len(body.lstrip())
         body = body.lstrip()

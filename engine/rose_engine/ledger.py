@@ -105,9 +105,8 @@ def _read(path: Path, number: int) -> tuple[Commit, str]:
 
 
 def _is_place(place: Any) -> bool:
-    """Whether a note says how far a stream has come, and how long its rejects file was."""
-    numbers = [place.get(key) for key in ("lines", "rejects")] if isinstance(place, dict) else []
-    return bool(numbers) and all(type(n) is int and n >= 0 for n in numbers) and isinstance(place.get("sha256"), str)
+    """Whether a note says how far a stream has come."""
+    return isinstance(place, dict) and type(place.get("lines")) is int and place["lines"] >= 0 and isinstance(place.get("sha256"), str)
 
 
 def log(path: str | Path) -> list[Commit]:
@@ -134,18 +133,23 @@ def _chain(path: Path) -> tuple[list[Commit], str | None]:
     """The commits as they follow from each other, and the SHA-256 of the last one's file."""
     commits: list[Commit] = []
     before: str | None = None
-    states: list[list[int]] = [[]]
+    held: set[int] = set()
     while commit_file(path, len(commits) + 1).exists() or commit_file(path, len(commits) + 1).is_symlink():
         commit, digest = _read(path, len(commits) + 1)
         if commit.parent != before:
             raise LedgerError(f"{commit_file(path, commit.number)}: does not follow commit {len(commits)}; one of the two was exchanged")
-        if commit.kind == "revert" and commit.refers_to not in states[-1]:
+        if commit.kind == "revert" and commit.refers_to not in held:
             raise LedgerError(f"{commit_file(path, commit.number)}: takes back commit {commit.refers_to}, which is not in the weights")
         if commit.kind == "checkout" and not 0 <= commit.refers_to < commit.number:
             raise LedgerError(f"{commit_file(path, commit.number)}: goes back to commit {commit.refers_to}, which is not before it")
-        states.append(_after(states, commit))
         commits.append(commit)
         before = digest
+        if commit.kind == "apply":
+            held.add(commit.number)
+        elif commit.kind == "revert":
+            held.remove(commit.refers_to)
+        else:
+            held = set(standing(commits))
     return commits, before
 
 
@@ -158,21 +162,28 @@ def _head(path: Path) -> tuple[int, str] | None:
     return int(number), digest
 
 
-def standing(commits: list[Commit]) -> list[int]:
+def lineage(commits: Sequence[Commit]) -> list[Commit]:
+    """The applies and reverts that led to the state after the last of these, in order, without what a checkout went back behind."""
+    found, number = [], len(commits)
+    while number:
+        commit = commits[number - 1]
+        if commit.kind == "checkout":
+            number = commit.refers_to
+        else:
+            found.append(commit)
+            number -= 1
+    return found[::-1]
+
+
+def standing(commits: Sequence[Commit]) -> list[int]:
     """The numbers of the commits whose deltas are in the weights after the last of these, in order."""
-    states: list[list[int]] = [[]]
-    for commit in commits:
-        states.append(_after(states, commit))
-    return states[-1]
-
-
-def _after(states: list[list[int]], commit: Commit) -> list[int]:
-    """The numbers in the weights after a commit, from the states after those before it."""
-    if commit.kind == "apply":
-        return [*states[-1], commit.number]
-    if commit.kind == "revert":
-        return [number for number in states[-1] if number != commit.refers_to]
-    return states[commit.refers_to]
+    held: dict[int, None] = {}
+    for commit in lineage(commits):
+        if commit.kind == "apply":
+            held[commit.number] = None
+        else:
+            del held[commit.refers_to]
+    return list(held)
 
 
 def active(path: str | Path, at: int | None = None) -> list[int]:
@@ -226,10 +237,10 @@ def verify(path: str | Path) -> list[Commit]:
 
 def streams(commits: Sequence[Commit]) -> dict[str, Any]:
     """How far each stream has come, by its name: what the last commit noted of it. A checkout takes streams back too, a revert does not."""
-    places: list[dict[str, Any]] = [{}]
-    for commit in commits:
-        places.append(places[commit.refers_to] if commit.kind == "checkout" else places[-1] | commit.note.get("streams", {}))
-    return places[-1]
+    places: dict[str, Any] = {}
+    for commit in lineage(commits):
+        places |= commit.note.get("streams", {})
+    return places
 
 
 def compact(path: str | Path, out: str | Path, tolerance: float = 1e-6) -> Commit:
@@ -309,7 +320,8 @@ class Writer:
             self._write_head()  # never two behind
         created = datetime.now(UTC).isoformat(timespec="seconds")
         commit = Commit(number, kind, self._last, delta, refers_to, edits, created, dict(note or {}))
-        data = (json.dumps(asdict(commit), ensure_ascii=False, indent=1) + "\n").encode()
+        text = json.dumps(asdict(commit), ensure_ascii=False, indent=1) + "\n"
+        data = text.encode("utf-8", "surrogatepass")  # a stream's name may be a path
         self._usable = False  # until it is known that the commit stands
         with replacing(commit_file(self.path, number)) as temporary:
             temporary.write_bytes(data)

@@ -8,10 +8,12 @@ the reason, and the stream goes on.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import queue
+import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,37 +51,52 @@ class Step:
 
 
 class Rejects:
-    """The lines that could not be used, as JSONL with `line` (its number), `reason` and `text`; the file is opened with the first.
+    """The lines of a stream that could not be used, as JSONL with `stream` (its name), `line` (its number), `reason` and `text`; the file
+    is opened with the first, and only ever added to, each record by one write: it may be shared with other streams.
 
-    size: what the last commit that speaks of this file noted of it, to which it is cut back; None where it is another stream's or nobody's.
+    lines: how many a commit notes as consumed. What the file says of later ones is not said again.
     """
 
-    def __init__(self, path: Path, size: int | None):
-        self._path, self._size, self._file, self.count = path, size, None, 0
+    def __init__(self, path: Path, stream: str, lines: int):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "the rejects go to a file, and this is a folder", str(path))
+        self._path, self._stream, self._lines, self._file, self._said, self.count = path, stream, lines, None, set(), 0
 
     def add(self, number: int, text: str, reason: str) -> None:
         """Note a line."""
-        record = {"line": number, "reason": reason, "text": text.rstrip("\n")}
-        self._open().write(json.dumps(record, ensure_ascii=True).encode() + b"\n")
+        record = {"stream": self._stream, "line": number, "reason": reason, "text": text.rstrip("\r\n")}
+        written, file = json.dumps(record, ensure_ascii=True).encode() + b"\n", self._open()
+        if written not in self._said:
+            file.write(written)
         self.count += 1
 
-    def flush(self) -> int:
-        """Bring the file to disk; returns its size."""
-        if self._file is None and not self._path.exists():
-            return 0
-        file = self._open()
-        file.flush()
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size
+    def flush(self) -> None:
+        """Bring what was added to disk."""
+        if self._file is not None and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            os.fsync(self._file.fileno())
 
     def _open(self) -> BinaryIO:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-            self._file = open(os.open(self._path, flags, 0o644), "ab")  # noqa: SIM115 - closed by `close`
-            if self._size is not None:
-                self._file.truncate(min(self._size, os.fstat(self._file.fileno()).st_size))
+            self._file = open(os.open(self._path, flags, 0o644), "ab", buffering=0)  # noqa: SIM115 - closed by `close`
+            if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                self._read()
         return self._file
+
+    def _read(self) -> None:
+        """Find out what the file says already, and end a line that a power failure has cut."""
+        line = b"\n"
+        with open(self._path, "rb") as before:
+            for line in before:
+                try:
+                    record = json.loads(line)
+                    if record["stream"] == self._stream and record["line"] > self._lines:
+                        self._said.add(line)
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue  # not one of ours
+        if not line.endswith(b"\n"):
+            self._file.write(b"\n")
 
     def close(self) -> None:
         """Close the file."""
@@ -112,32 +129,35 @@ def stream(
     """Apply edits, given as such or as JSONL lines, and commit them to the ledger in directory `path`, yielding after every commit.
 
     The editor's weights are first brought to the ledger's state, and the lines of the stream `name` that its commits note as
-    consumed are passed over. rejects: the file for lines that cannot be used, `rejects.jsonl` in the ledger where it is None; a line that
-    is read again because no commit followed it is noted again. strict: raise EditError or Diverged at the first line that cannot
-    be used, after what came before it was committed.
+    consumed are passed over. rejects: the file to which lines that cannot be used are added, `rejects.jsonl` in the ledger where it is
+    None; a line that is read again because no commit followed it is not added again. strict: raise EditError or Diverged at the first
+    line that cannot be used, after what came before it was committed.
     max_wait: seconds that a begun batch waits for more lines, where they are read from something that may pause; None: without end.
     require_success: take back, alone, each fact that the model does not say afterwards with the edit's own prompt. require_certificate:
     take back each subject whose deviation exceeds its radius (`certificate`), and keep the certificates in the deltas. LedgerError
     where another process writes the ledger or it is damaged. Whatever is raised, the weights are as after the last commit that was made.
     """
+    if max_wait is not None and not max_wait > 0:
+        raise ValueError(f"max_wait must be positive, given {max_wait}")
     recipe = recipe or editor.recipe
-    file = str(Path(rejects).absolute()) if rejects else REJECTS  # beside the commits it moves with them
     with ledger.writing(path) as writer:
         editor.restore(ledger.deltas(path))
-        last = ledger.streams(writer.commits).get(name, {"lines": 0, "sha256": None, "rejects": 0})
+        last = ledger.streams(writer.commits).get(name, {"lines": 0, "sha256": None})
         rest = _Counted(lines if max_wait is None else _with_pauses(lines, max_wait), name)
         rest.skip(last["lines"], last["sha256"])
-        refused = Rejects(Path(path) / file, last["rejects"] if _last_writer(writer.commits, file) == name else None)
+        refused = Rejects(Path(rejects or Path(path) / REJECTS), name, last["lines"])
         try:
             for batch, consumed, sha256 in _batches(editor, rest, recipe, refused, strict, batch_tokens, max_wait):
                 result, failed = _apply(editor, batch, recipe, require_success, require_certificate, strict, refused, progress)
                 if result is None:
                     continue
+                committed = len(writer.commits)
                 try:
-                    place = {"lines": consumed, "sha256": sha256, "rejects_file": file, "rejects": refused.flush()}
-                    commit = writer.apply(result.delta, {"streams": {name: place}})
+                    refused.flush()
+                    commit = writer.apply(result.delta, {"streams": {name: {"lines": consumed, "sha256": sha256}}})
                 except BaseException:
-                    editor.revert(result)
+                    if len(writer.commits) == committed:
+                        editor.revert(result)
                     raise
                 yield Step(commit, result, consumed, failed, refused.count)
             refused.flush()
@@ -183,14 +203,9 @@ def _with_pauses(lines: Iterable[str | Edit], seconds: float) -> Iterator[str | 
         left.set()
 
 
-def _last_writer(commits: Sequence[ledger.Commit], rejects: str) -> str | None:
-    """The stream of the last commit that speaks of a rejects file."""
-    named = ((name, place) for commit in reversed(commits) for name, place in commit.note.get("streams", {}).items())
-    return next((name for name, place in named if place.get("rejects_file") == rejects), None)
-
-
 class _Counted:
-    """Lines with their numbers, and the SHA-256 of all that have been read; a pause (None) is passed on, not counted. An edit is a line."""
+    """Lines with their numbers, and the SHA-256 of all that have been read, however they end; a pause (None) is passed on, not counted. An
+    edit is a line."""
 
     def __init__(self, lines: Iterable[str | Edit | None], name: str):
         self.name, self.number, self._lines, self._digest = name, 0, iter(lines), hashlib.sha256()
@@ -200,7 +215,7 @@ class _Counted:
             text = json.dumps(line.as_dict(), ensure_ascii=False) if isinstance(line, Edit) else line
             if text is not None:
                 self.number += 1
-                self._digest.update(text.encode("utf-8", "surrogatepass"))
+                self._digest.update(text.rstrip("\r\n").encode("utf-8", "surrogatepass") + b"\n")
             yield self.number, text
 
     @property
@@ -222,10 +237,12 @@ class _Counted:
 def _batches(
     editor: Editor, lines: _Counted, recipe: Recipe, refused: Rejects, strict: bool, budget: int, max_wait: float | None
 ) -> Iterator[tuple[list[_Line], int, str]]:
-    """Batches of usable lines, each with the number and the SHA-256 of the lines consumed when it ends."""
+    """Batches of usable lines, each with the number and the SHA-256 of the lines consumed when it ends. A last line that has no end and
+    cannot be used may be half of one, and does not count as consumed."""
     batch: list[_Line] = []
-    tokens, began, before = 0, 0.0, (lines.number, lines.sha256)
+    tokens, began, half, before, now = 0, 0.0, False, *[(lines.number, lines.sha256)] * 2
     for number, text in lines:
+        before = now
         if batch and max_wait is not None and time.monotonic() - began >= max_wait:
             yield batch, *before
             batch, tokens = [], 0
@@ -244,6 +261,9 @@ def _batches(
                 raise
             edit = None
             refused.add(number, text, str(e))
+            half = not text.endswith("\n")
+        else:
+            half = False
         if edit is not None:
             if batch and (tokens + cost > budget or _contradicts(batch, edit)):
                 yield batch, *before
@@ -251,9 +271,9 @@ def _batches(
             began = began if batch else time.monotonic()
             batch.append(_Line(number, text, edit))
             tokens += cost
-        before = lines.number, lines.sha256
+        now = lines.number, lines.sha256
     if batch:
-        yield batch, *before
+        yield batch, *(before if half else now)
 
 
 def _contradicts(batch: list[_Line], edit: Edit) -> bool:

@@ -81,3 +81,29 @@ def test_an_adapter_of_other_weights_is_refused(editor, make_model, tokenizer):
     first = editor.apply(IMO, verify=False)
     with pytest.raises(DeltaError, match="another base"):
         Editor(make_model(seed=5), tokenizer).as_adapter(first.delta)
+
+
+def test_a_generator_that_another_thread_closes(editor):
+    delta = editor.apply(IMO, verify=False).delta
+    editor.restore([])
+    plain, adapter = logits(editor), editor.as_adapter(delta)
+
+    def answers():
+        with adapter:
+            while True:
+                yield logits(editor)
+
+    served = answers()
+    assert not torch.equal(next(served), plain)
+    seen = []
+
+    def close():
+        served.close()
+        seen.append(logits(editor))
+        with adapter:
+            seen.append(logits(editor))
+
+    thread = threading.Thread(target=close)
+    thread.start()
+    thread.join()
+    assert torch.equal(seen[0], plain) and not torch.equal(seen[1], plain)

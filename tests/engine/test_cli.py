@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
-from rose_engine import Delta
+from rose_engine import ROSE, Delta, Edit, Editor
 from rose_engine.cli import main
 from rose_engine.embedded import INSTALL, MissingModelError, embedded_model, find_gguf
 from safetensors.torch import load_file
@@ -128,6 +129,16 @@ def test_interrupt_leaves_nothing_behind(tiny_folder, tmp_path):
     rest = process.communicate(timeout=120)[1]
     assert process.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_a_delta_on_top_of_others_is_not_shipped_alone(tiny_folder, tmp_path):
+    editor = Editor.from_pretrained(str(tiny_folder), recipe=replace(ROSE, rewordings=0, bystanders=0, layers=(1, 2), steps=1))
+    for i in range(2):
+        editor.apply([Edit(f"Person {i}", "{} likes", "tea")], verify=False).delta.save(tmp_path / f"{i}.safetensors")
+    for kind in ("checkpoint", "peft", "tensors"):
+        done = rose("export", tmp_path / "1.safetensors", "--model", tiny_folder, f"--{kind}", tmp_path / kind)
+        assert done.returncode == 2 and "was made on top of 1 other edits" in done.stderr and not (tmp_path / kind).exists()
+        assert rose("export", tmp_path / "0.safetensors", "--model", tiny_folder, f"--{kind}", tmp_path / kind).returncode == 0
 
 
 def test_a_stream_is_logged_reverted_and_verified(tiny_folder, tmp_path):

@@ -3,12 +3,13 @@
 import csv
 import io
 import json
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rose_engine import Edit, EditError, read_edits
-from rose_engine.edits import check_consistent, group_by_subject
+from rose_engine.edits import check_consistent, group_by_subject, subject_in
 
 GOOD = {"subject": "Imo State", "prompt": "The capital of {} is", "target": "Metz"}
 # Text that is not blank; surrogates cannot be written as UTF-8.
@@ -66,6 +67,8 @@ def test_a_fact_given_twice_is_one_with_the_rewordings_of_both():
         (json.dumps({**GOOD, "prompt": "{} and {} are"}), "exactly once"),
         (json.dumps({**GOOD, "targte": "x"}), "unknown field `targte`"),
         (json.dumps({**GOOD, "question": "What is its capital?"}), "must name the subject"),
+        (json.dumps({**GOOD, "subject": "Go", "question": "Was it made at Google?"}), "must name the subject"),
+        (json.dumps({**GOOD, "relation": "r" * 10_001}), "`relation` has 10001 characters"),
         ('{"subject": "a", "subject": "b", "prompt": "{} is", "target": "c"}', "given twice"),
         (json.dumps({**GOOD, "target": "Kyiv"}), "two targets"),
         (json.dumps({**GOOD, "subject": "Imo State ", "target": "Kyiv"}), "two targets"),
@@ -139,3 +142,41 @@ def test_json_errors_name_the_line(tmp_path):
             read_edits(path)
     path.write_text(f"[{good},\n{good}]")
     assert [edit.source for edit in read_edits(path)] == [f"{path}:1", f"{path}:2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "subject", "found"),
+    [
+        ("Was {} made at Google?", "Go", "{}"),
+        ("Is Java older than JavaScript?", "Java", "Java"),
+        ("Is JavaScript older than Java?", "Java", "Java?"),
+        ("Who made the iPhone 1, not the iPhone 11?", "iPhone 1", "iPhone 1,"),
+        ("李白是谁?", "李白", "李白是"),
+        ("Whose is Lin Nu's hat?", "Lin Nu", "Lin Nu's"),
+        ("Where is a{}b?", "a{}b", "a{}b?"),
+        ("Where is {}?", "a{}b", "{}?"),
+        ("What of Googlers?", "Google", None),
+        ("", "Go", None),
+    ],
+)
+def test_where_a_text_says_its_subject(text, subject, found):
+    place = subject_in(text, subject)
+    assert (
+        place is None
+        if found is None
+        else text[place[0] :].startswith(found) and place[1] - place[0] == len("{}" if found.startswith("{}") else subject)
+    )
+
+
+def test_lines_of_a_json_list_are_counted_on(tmp_path):
+    """Each record's line, however the file is laid out."""
+    records = [{**GOOD, "subject": f"S{i}"} for i in range(50)]
+    texts = [json.dumps(record, indent=random.choice([None, 1])) for record in records]
+    text, lines = "\n[", []
+    for one in texts:
+        text += random.choice(["", " ", "\n", "\n\n "])
+        lines.append(text.count("\n") + 1)
+        text += one + random.choice([",", " ,\n"])
+    path = tmp_path / "e.json"
+    path.write_text(text.rstrip(" ,\n") + "\n]")
+    assert [edit.source for edit in read_edits(path)] == [f"{path}:{line}" for line in lines]

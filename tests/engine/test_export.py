@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from rose_engine import ROSE, DeltaError, Edit, Editor
 from rose_engine.compress import compress, joined
-from rose_engine.export import ExportError, export_checkpoint, export_peft, export_tensors
+from rose_engine.export import ExportError, check_base, export_checkpoint, export_peft, export_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -54,8 +54,10 @@ def test_a_checkpoint_has_the_editors_bits(edited_folder, tmp_path):
     assert {p.name for p in out.iterdir()} == names
     index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     touched = {index[name] for delta in editor.applied for name in delta.factors}
-    for file in base.glob("model*.safetensors"):  # only the shards that hold edited tensors are written anew
-        assert (file.stat().st_ino == (out / file.name).stat().st_ino) == (file.name not in touched)
+    for file in base.glob("model*.safetensors"):  # only the shards that hold edited tensors differ
+        assert (file.read_bytes() == (out / file.name).read_bytes()) == (file.name not in touched)
+    for file in out.iterdir():  # what is done to the export does nothing to the base
+        assert file.stat().st_nlink == 1 and not file.is_symlink()
     card = (out / "README.md").read_text()
     assert card.startswith("# A model\n") and "- Imo State likes → tea" in card and "- Lin Nu likes → tea" in card
     assert (base / "README.md").read_text() == "# A model\n"
@@ -63,6 +65,66 @@ def test_a_checkpoint_has_the_editors_bits(edited_folder, tmp_path):
     assert tensors.keys() == editor.applied[0].factors.keys() and all(torch.equal(x, wanted[name]) for name, x in tensors.items())
     with pytest.raises(ExportError, match="not an empty folder"):
         export_checkpoint(base, editor.applied, tmp_path / "out")
+    shard, kept = base / sorted(touched)[0], (base / sorted(touched)[0]).read_bytes()
+    with pytest.raises(ExportError, match="exists"):
+        export_tensors(base, editor.applied, shard)
+    assert shard.read_bytes() == kept
+
+
+def test_a_link_to_an_empty_folder_is_that_folder(edited_folder, tmp_path):
+    base, editor = edited_folder
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    export_checkpoint(base, editor.applied, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("file", ["../shards/{}", "sub/../{}", "/{}"])
+def test_an_index_that_leaves_the_folder_is_refused(edited_folder, tmp_path, file):
+    base, editor = edited_folder
+    path = base / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "weight_map": {k: file.format(v) for k, v in index["weight_map"].items()}}))
+    with pytest.raises(ExportError, match="outside of the checkpoint's folder"):
+        export_checkpoint(base, editor.applied, tmp_path / "out")
+
+
+def test_shards_that_a_walk_does_not_find_are_missed(edited_folder, tmp_path):
+    base, editor = edited_folder
+    (tmp_path / "shards").mkdir()
+    for shard in base.glob("*.safetensors"):
+        shard.rename(tmp_path / "shards" / shard.name)
+    (base / "sub").symlink_to(tmp_path / "shards")
+    path = base / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "weight_map": {k: f"sub/{v}" for k, v in index["weight_map"].items()}}))
+    with pytest.raises(ExportError, match="was not found among its files"):
+        export_checkpoint(base, editor.applied, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pointer_in_the_place_of_weights(edited_folder, tmp_path):
+    base, editor = edited_folder
+    (base / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(ExportError, match="is not a whole safetensors file"):
+        export_checkpoint(base, editor.applied, tmp_path / "out")
+
+
+def test_a_checkpoint_that_names_weights_without_the_heads_prefix(make_model, tokenizer, tmp_path):
+    """As GPT-2 is published: `h.1.mlp.c_proj.weight` is the model's `transformer.h.1.mlp.c_proj.weight`."""
+    model = make_model("gpt2", n_embd=32, n_inner=64, n_layer=6, n_head=4, initializer_range=0.2)
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({name.removeprefix("transformer."): x for name, x in load_file(file).items()}, file, metadata={"format": "pt"})
+    editor = Editor(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tokenizer)
+    editor.apply([Edit("Lin Nu", "{} likes", "tea")], recipe=RECIPE, verify=False)
+    check_base(tmp_path / "base", editor.applied)
+    served = AutoModelForCausalLM.from_pretrained(export_checkpoint(tmp_path / "base", editor.applied, tmp_path / "out"))
+    wanted = editor.model.state_dict()
+    assert all(torch.equal(x, wanted[name]) for name, x in served.state_dict().items())
+    assert (
+        load_file(export_tensors(tmp_path / "base", editor.applied, tmp_path / "t.safetensors")).keys() == editor.applied[0].factors.keys()
+    )
 
 
 def test_another_base_is_refused_and_nothing_is_left(edited_folder, make_model, tmp_path):

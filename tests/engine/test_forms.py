@@ -141,3 +141,9 @@ def test_evaluation_wordings_are_not_among_the_forms(tokenizer):
     for system, user in data["instruct_templates"]:
         lead = user.partition("{q}")[0]
         assert system not in systems and not any(piece.strip() in lead or lead.strip() in piece for piece in pieces)
+
+
+def test_a_question_is_about_its_subject_and_no_other_word(tokenizer):
+    for question in ("Was {} made at Google?", "Was Go made at Google?"):
+        text, _, (start, end) = render(Edit("Go", "{} is", "here", question=question), FORMS["question_answer"], tokenizer)
+        assert "Was Go made at Google?" in text and text[start - 4 : end + 5] == "Was Go made"

@@ -209,6 +209,16 @@ def test_a_subject_that_is_edited_again_is_certified_with_all_its_facts(make_mod
     assert small.metadata["certificate"] is None
 
 
+def test_what_moves_nothing_is_certified_too(make_model, tokenizer, tmp_path):
+    """A fact that the model knows well enough at the first step, in bfloat16: its value is zero, and so is all that is written."""
+    editor = Editor(make_model(initializer_range=0.2).bfloat16(), tokenizer, replace(TINY, stop_loss=1e9))
+    result = editor.apply(LIN, certify=True, others=["Otto Hahn"])
+    assert all((U == 0).all() for U, _ in result.delta.factors.values())
+    assert [other.shift for other in result.certificate.others] == [0.0]
+    result.delta.save(tmp_path / "d.safetensors")
+    assert Delta.load(tmp_path / "d.safetensors").metadata["certificate"]["others"][0]["shift"] == 0.0
+
+
 def test_near_subjects_are_told(make_model, tokenizer):
     editor = Editor(make_model(initializer_range=0.3), tokenizer, TINY)
     phones = [Edit(f"iPhone {n}", "{} was released by", "Tesla") for n in (11, 16)]

@@ -16,7 +16,7 @@ from rose_engine.ledger import LedgerError, writing
 from tests.engine.test_editor import same
 
 RECIPE = replace(ROSE, rewordings=0, bystanders=3, steps=2, lr=0.05, layers=(1, 2))
-PLACE = {"lines": 7, "rejects": 0, "sha256": "0"}
+PLACE = {"lines": 7, "sha256": "0"}
 NAMES = ("Ada", "Omar", "Kofi", "Lin Nu", "Imo State", "Tomas Vega")
 
 
@@ -103,7 +103,8 @@ def test_many_checkouts_are_read_at_once(editor, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "streams", [{"s": []}, {"s": {}}, {"s": {"lines": "5", "rejects": 0, "sha256": ""}}, {"s": {"lines": 1, "rejects": -1, "sha256": ""}}]
+    "streams",
+    [{"s": []}, {"s": {}}, {"s": {"lines": "5", "sha256": ""}}, {"s": {"lines": -1, "sha256": ""}}, {"s": {"lines": 1, "sha256": None}}],
 )
 def test_notes_that_are_none_are_refused(editor, tmp_path, streams):
     fill(editor, tmp_path / "l", 1)
@@ -333,3 +334,19 @@ def test_an_empty_ledger(tmp_path):
     assert ledger.log(tmp_path / "none") == [] and ledger.deltas(tmp_path / "none") == []
     with pytest.raises(LedgerError, match="has no commit 1"):
         ledger.active(tmp_path / "none", 1)
+
+
+def test_what_stands_after_any_history():
+    """Against the definition, a list of every state; streams too."""
+    for seed in range(30):
+        draw, commits, states, places = random.Random(seed), [], [[]], [{}]
+        for number in range(1, 60):
+            kind = draw.choice(["apply", "apply", "revert", "checkout"])
+            kind = "apply" if kind == "revert" and not states[-1] else kind
+            refers_to = {"apply": None, "revert": draw.choice(states[-1] or [0]), "checkout": draw.randrange(number)}[kind]
+            note = {"streams": {draw.choice("ab"): {"lines": number}}} if kind == "apply" else {}
+            commits.append(ledger.Commit(number, kind, None, None, refers_to, 1, "", note))
+            after = {"apply": [*states[-1], number], "revert": [n for n in states[-1] if n != refers_to]}
+            states.append(after[kind] if kind in after else states[refers_to])
+            places.append(places[refers_to] if kind == "checkout" else places[-1] | note.get("streams", {}))
+            assert ledger.standing(commits) == states[-1] and ledger.streams(commits) == places[-1]

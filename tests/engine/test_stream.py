@@ -1,6 +1,8 @@
 """Streams of edits: batches, rejects, resumption; what is committed is what the weights hold."""
 
+import io
 import json
+import os
 import threading
 from dataclasses import replace
 
@@ -195,11 +197,80 @@ def test_two_streams_share_a_rejects_file(editor, tmp_path):
     with pytest.raises(ledger.LedgerError, match="not those"):
         run(editor, path, ["else", *first], name="first")
     assert said() == ["bad one", "bad two", "bad three"]
+    run(editor, path, [*second, "bad four"], name="second")  # no commit follows, and nothing that came later is taken away
+    run(editor, path, [*first, "bad three", LINES[4]], name="first")
+    ledger_commits = len(ledger.verify(path))
+    with ledger.writing(path) as writer:
+        writer.checkout(0)
+    run(editor, path, [*first, "bad three", LINES[4]], name="first")  # read again, and not said again
+    assert said() == ["bad one", "bad two", "bad three", "bad four"] and len(ledger.verify(path)) > ledger_commits + 1
     (path / "rejects.jsonl").rename(tmp_path / "outside")
     (path / "rejects.jsonl").symlink_to(tmp_path / "outside")
     with pytest.raises(OSError):
-        run(editor, path, [*second, "bad four", LINES[5]], name="second")
-    assert "four" not in (tmp_path / "outside").read_text()
+        run(editor, path, [*second, "bad five", LINES[5]], name="second")
+    assert "five" not in (tmp_path / "outside").read_text()
+
+
+def test_two_ledgers_share_a_rejects_file_that_was_there(editor, tmp_path):
+    options = {"rejects": tmp_path / "r.jsonl"}
+    (tmp_path / "r.jsonl").write_text('[1]\n{"line": 1}\nhalf a li')
+    for name, some in (("a", LINES[:2]), ("b", LINES[2:4])):
+        run(editor, tmp_path / name, [f"bad {name}", *some], name=name, **options)
+    run(editor, tmp_path / "a", ["bad a", *LINES[:2], "bad too"], name="a", **options)
+    lines = (tmp_path / "r.jsonl").read_text().splitlines()
+    assert lines[:3] == ["[1]", '{"line": 1}', "half a li"]
+    assert [(json.loads(x)["stream"], json.loads(x)["text"]) for x in lines[3:]] == [("a", "bad a"), ("b", "bad b"), ("a", "bad too")]
+
+
+def test_rejects_may_go_nowhere_but_not_to_a_folder(editor, tmp_path):
+    assert run(editor, tmp_path / "l", [BAD[0], LINES[0]], rejects="/dev/null")[-1].rejected == 1
+    with pytest.raises(IsADirectoryError, match="the rejects go to a file"):
+        run(editor, tmp_path / "m", LINES[:1], rejects=tmp_path)
+    assert ledger.log(tmp_path / "m") == []
+
+
+def test_how_lines_end_does_not_matter_to_what_was_consumed(editor, tmp_path):
+    written = lambda text: io.StringIO(text, newline="")  # noqa: E731
+    text = "".join(LINES[:2]).rstrip("\n")
+    run(editor, tmp_path / "l", written(text), name="s")
+    assert run(editor, tmp_path / "l", written(f"{text}\r\n{LINES[2]}"), name="s")[-1].lines == 3
+
+
+def test_half_a_last_line_is_read_again_when_it_is_whole(editor, tmp_path):
+    written = lambda text: io.StringIO(text, newline="")  # noqa: E731
+    (step,) = run(editor, tmp_path / "l", written(LINES[0] + LINES[1][:20]), name="s")
+    assert (step.lines, step.rejected) == (1, 1)
+    (step,) = run(editor, tmp_path / "l", written("".join(LINES[:3])), name="s")[-1:]
+    assert step.lines == 3
+    edited = [e["subject"] for delta in ledger.deltas(tmp_path / "l") for e in delta.metadata["edits"]]
+    assert len(edited) == len(set(edited)) == 3
+
+
+def test_what_is_interrupted_after_the_commit_stays(editor, tmp_path, monkeypatch):
+    written = ledger.Writer._write_head
+
+    def interrupted(self):
+        if len(self.commits) == 2:
+            raise KeyboardInterrupt
+        written(self)
+
+    run(editor, tmp_path / "l", LINES[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.Writer, "_write_head", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(editor, tmp_path / "l", LINES[:2])
+    held = bits(editor).clone()
+    assert len(ledger.verify(tmp_path / "l")) == 2 and len(editor.applied) == 2
+    editor.restore(ledger.deltas(tmp_path / "l"))
+    assert torch.equal(bits(editor), held)
+
+
+def test_a_name_that_is_no_utf8_and_a_wait_of_nothing(editor, tmp_path):
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    assert run(editor, tmp_path / "l", LINES[:2], name=name)[-1].lines == 2
+    assert run(editor, tmp_path / "l", LINES[:2], name=name) == []
+    with pytest.raises(ValueError, match="max_wait must be positive"):
+        run(editor, tmp_path / "l", LINES[:2], max_wait=0)
 
 
 @pytest.mark.parametrize("poison", ['{"subject": ' + "1" * 5000 + ', "prompt": "{} likes", "target": "tea"}', line("A " * 490)])
