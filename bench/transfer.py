@@ -43,7 +43,7 @@ def base(name: str, kind: str, device: str) -> Editor:
 
 
 def evaluate(
-    made: Editor, readers: dict[str, Editor], data: Dataset, methods: dict[str, Method], note: Callable[[str], None] = lambda line: None
+    made: Editor, readers: dict[str, Editor], data: Dataset, methods: dict[str, Method], told: Callable[[str], None] = lambda line: None
 ) -> dict[tuple[str, str], dict[str, list[float]]]:
     """(method, reader) -> metric -> one mean a subject. Every delta is made on `made`, and adopted by each of the readers, of which it may
     be one."""
@@ -57,7 +57,7 @@ def evaluate(
                 for metric, mean in means.items():
                     results[name, reader][metric].append(mean)
                 shown = " ".join(f"{metric} {100 * mean:.0f}" for metric, mean in means.items())
-                note(f"{number}/{len(data.subjects)} {name} on {reader}: {shown}")
+                told(f"{number}/{len(data.subjects)} {name} on {reader}: {shown}")
     return results
 
 

@@ -21,6 +21,7 @@ from rose_engine.delta import Delta
 
 class Adapter:
     """Deltas as a side branch of a model's projections: on within `with adapter:`, which may be nested and repeated; off elsewhere.
+    A generator that is within it is to be advanced and closed by the thread or task that entered it.
 
     modules: the edited projection of every weight that the deltas name. `remove` takes the branch off the model.
     """
@@ -44,7 +45,7 @@ class Adapter:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._on.set(max(0, self._on.get() - 1))  # 0 where a generator is closed by another thread than entered it
+        self._on.set(max(0, self._on.get() - 1))
 
     def remove(self) -> None:
         """Take the branch off the model."""

@@ -11,6 +11,7 @@ import io
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,8 +20,6 @@ from typing import Any, TextIO
 SLOT = "{}"
 REQUIRED = ("subject", "prompt", "target")
 FORMATS = ("jsonl", "json", "csv")
-# Characters that a free label may have: it is kept in every report and delta.
-LABEL = 10_000
 
 
 class EditError(ValueError):
@@ -34,7 +33,7 @@ class EditError(ValueError):
 class Edit:
     """One fact to write: `prompt` with the subject in place of `{}` is to be continued by `target`.
 
-    question: the same fact asked as a question; it holds `{}` in the subject's place, or names it in words of its own. It is used while
+    question: the same fact asked as a question; it holds `{}` in the subject's place, or names it (`subject_in`). It is used while
     editing, as are rewordings: other prompts with `{}` that the target continues as well ("{} works as a" beside "The occupation of {}
     is").
     relation, id: free labels, kept in reports and deltas. source: where the edit was read, for messages.
@@ -62,8 +61,6 @@ class Edit:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise EditError(f"`{name}` must be a string or absent, given {type(value).__name__}", self.source)
-            if value is not None and name != "question" and len(value) > LABEL:
-                raise EditError(f"`{name}` has {len(value)} characters, and may have {LABEL}", self.source)
             _check_encodable(name, value or "", self.source)
         _check_slot("prompt", self.prompt, self.source)
         self._check_rewordings()
@@ -107,21 +104,27 @@ class Edit:
 
 
 def subject_in(text: str, subject: str) -> tuple[int, int] | None:
-    """Where a text says its subject, as a span of characters: at `{}`, or else where the subject stands last, as words of its own. "Go" is
-    not in "Google"; letters without case, as of Chinese, which puts nothing between words, part them as a space does."""
+    """Where a question says its subject, as a span of characters: at `{}`, or else where the subject stands last: as words of its own if
+    it does ("Go", not in "Google"), or with an ending ("iPhones"), or within a word. None where it is not said.
+
+    Letters without case, as of Chinese, which puts nothing between words, stand as words of their own."""
     if SLOT in text and not (SLOT in subject and subject in text):
         start = text.index(SLOT)
         return start, start + len(SLOT)
-    for found in reversed(list(re.finditer(f"(?={re.escape(subject)})", text))):
-        start, end = found.start(), found.start() + len(subject)
-        if not (_joined(text[start - 1 : start + 1]) or _joined(text[end - 1 : end + 1])):
-            return start, end
-    return None
+    ended, within, at = -1, text.rfind(subject), len(text)
+    while (at := text.rfind(subject, 0, at)) >= 0:
+        end = at + len(subject)
+        if not _joined(text[at - 1 : at + 1]):
+            if not _joined(text[end - 1 : end + 1]):
+                return at, end
+            ended = max(ended, at)
+    start = ended if ended >= 0 else within
+    return (start, start + len(subject)) if start >= 0 else None
 
 
 def _joined(pair: str) -> bool:
-    """Whether two characters belong to one word: letters that have case, and digits."""
-    return len(pair) == 2 and all(c.isdecimal() or c.lower() != c.upper() for c in pair)
+    """Whether two characters belong to one word: letters that have case, and digits, or a letter and its accent."""
+    return len(pair) == 2 and (bool(unicodedata.combining(pair[1])) or all(c.isdecimal() or c.lower() != c.upper() for c in pair))
 
 
 def _check_slot(name: str, text: str, source: str | None) -> None:

@@ -98,9 +98,8 @@ def export_checkpoint(base: str | Path, deltas: Sequence[Delta], out: str | Path
     with new_folder(out) as folder:
         for file in sorted(p for p in base.rglob("*") if p.is_file()):
             relative = file.relative_to(base)
-            if any(relative.match(pattern) for pattern in OTHER_WEIGHTS):
-                continue
-            if relative.suffix == ".safetensors" and relative.as_posix() not in files:  # the weights once more, under other names
+            again = relative.suffix == ".safetensors" or any(relative.match(pattern) for pattern in OTHER_WEIGHTS)
+            if again and relative.as_posix() not in files:  # the weights once more, under other names
                 continue
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             if stored := {name: place.name for name, place in places.items() if place.file == relative.as_posix()}:

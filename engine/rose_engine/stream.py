@@ -52,9 +52,10 @@ class Step:
 
 class Rejects:
     """The lines of a stream that could not be used, as JSONL with `stream` (its name), `line` (its number), `reason` and `text`; the file
-    is opened with the first, and only ever added to, each record by one write: it may be shared with other streams.
+    is opened with the first, and only ever added to, a record at a time: it may be shared with other streams.
 
-    lines: how many a commit notes as consumed. What the file says of later ones is not said again.
+    lines: how many a commit notes as consumed. What the file says of later ones is not said again. What was applied is for the ledger to
+    tell: a last line that was read before it was whole stands here, and may have been applied since.
     """
 
     def __init__(self, path: Path, stream: str, lines: int):
@@ -68,6 +69,7 @@ class Rejects:
         written, file = json.dumps(record, ensure_ascii=True).encode() + b"\n", self._open()
         if written not in self._said:
             file.write(written)
+            file.flush()
         self.count += 1
 
     def flush(self) -> None:
@@ -79,7 +81,7 @@ class Rejects:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-            self._file = open(os.open(self._path, flags, 0o644), "ab", buffering=0)  # noqa: SIM115 - closed by `close`
+            self._file = open(os.open(self._path, flags, 0o644), "ab")  # noqa: SIM115 - closed by `close`
             if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
                 self._read()
         return self._file
@@ -156,7 +158,7 @@ def stream(
                     refused.flush()
                     commit = writer.apply(result.delta, {"streams": {name: {"lines": consumed, "sha256": sha256}}})
                 except BaseException:
-                    if len(writer.commits) == committed:
+                    if not ledger.commit_file(Path(path), committed + 1).exists():
                         editor.revert(result)
                     raise
                 yield Step(commit, result, consumed, failed, refused.count)
@@ -212,7 +214,7 @@ class _Counted:
 
     def __iter__(self) -> Iterator[tuple[int, str | None]]:
         for line in self._lines:
-            text = json.dumps(line.as_dict(), ensure_ascii=False) if isinstance(line, Edit) else line
+            text = json.dumps(line.as_dict(), ensure_ascii=False) + "\n" if isinstance(line, Edit) else line
             if text is not None:
                 self.number += 1
                 self._digest.update(text.rstrip("\r\n").encode("utf-8", "surrogatepass") + b"\n")
@@ -237,12 +239,13 @@ class _Counted:
 def _batches(
     editor: Editor, lines: _Counted, recipe: Recipe, refused: Rejects, strict: bool, budget: int, max_wait: float | None
 ) -> Iterator[tuple[list[_Line], int, str]]:
-    """Batches of usable lines, each with the number and the SHA-256 of the lines consumed when it ends. A last line that has no end and
-    cannot be used may be half of one, and does not count as consumed."""
+    """Batches of usable lines, each with the number and the SHA-256 of the lines consumed when it ends. What was read
+    last before a pause or the end, without a line end, and cannot be used may be half a line, and does not count as consumed."""
     batch: list[_Line] = []
     tokens, began, half, before, now = 0, 0.0, False, *[(lines.number, lines.sha256)] * 2
     for number, text in lines:
-        before = now
+        if text is not None or not half:
+            before = now
         if batch and max_wait is not None and time.monotonic() - began >= max_wait:
             yield batch, *before
             batch, tokens = [], 0
@@ -261,9 +264,7 @@ def _batches(
                 raise
             edit = None
             refused.add(number, text, str(e))
-            half = not text.endswith("\n")
-        else:
-            half = False
+        half = edit is None and not text.endswith(("\n", "\r"))
         if edit is not None:
             if batch and (tokens + cost > budget or _contradicts(batch, edit)):
                 yield batch, *before

@@ -147,3 +147,9 @@ def test_a_question_is_about_its_subject_and_no_other_word(tokenizer):
     for question in ("Was {} made at Google?", "Was Go made at Google?"):
         text, _, (start, end) = render(Edit("Go", "{} is", "here", question=question), FORMS["question_answer"], tokenizer)
         assert "Was Go made at Google?" in text and text[start - 4 : end + 5] == "Was Go made"
+
+
+def test_a_subject_that_holds_the_slot_goes_where_the_prompt_has_it(tokenizer):
+    for prompt, said in (("ba{} likes", "baa{} likes"), ("a{} likes", "aa{} likes")):
+        text, _, (start, end) = render(Edit("a{}", prompt, "tea"), FORMS["statement"], tokenizer)
+        assert said in text and text[start:end] == "a{}"

@@ -3,12 +3,16 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from rose_engine import ROSE, Edit, EditError, Editor, ledger, optimize
+from rose_engine import ROSE, Edit, EditError, Editor, files, ledger, optimize
 from rose_engine.stream import stream
 
 RECIPE = replace(ROSE, rewordings=0, bystanders=3, steps=2, lr=0.05, layers=(1, 2))
@@ -246,17 +250,55 @@ def test_half_a_last_line_is_read_again_when_it_is_whole(editor, tmp_path):
     assert len(edited) == len(set(edited)) == 3
 
 
-def test_what_is_interrupted_after_the_commit_stays(editor, tmp_path, monkeypatch):
-    written = ledger.Writer._write_head
+@pytest.mark.parametrize("half", [LINES[1][:20], "  "])
+def test_half_a_line_before_a_pause(editor, tmp_path, half):
+    """A pause ends a batch and not the line."""
 
-    def interrupted(self):
-        if len(self.commits) == 2:
+    def paused(*lines):
+        yield from lines
+        time.sleep(0.5)
+
+    rest = LINES[1].removeprefix(half.strip())
+    (step,) = run(editor, tmp_path / "l", paused(LINES[0], half), name="s", max_wait=0.1)
+    assert step.lines == 1
+    assert run(editor, tmp_path / "l", [LINES[0], half + rest], name="s")[-1].lines == 2
+    assert run(editor, tmp_path / "whole", paused(*LINES[:2]), name="s", max_wait=0.1)[-1].lines == 2
+
+
+def test_edits_that_cannot_be_used_are_consumed(editor, tmp_path):
+    assert run(editor, tmp_path / "l", [Edit("Ada", "{} likes", "tea"), Edit("A " * 490, "{} likes", "tea")])[-1].lines == 2
+
+
+def test_a_reject_that_does_not_fit_on_the_disk_is_no_commit(make_model, tokenizer, tmp_path):
+    """In a process of its own, whose files may be of so many bytes."""
+    make_model(initializer_range=0.2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "r.jsonl").write_text(" " * 5_000_000 + "\n")
+    code = f"""
+import resource, signal
+from rose_engine import Editor
+from tests.engine.test_stream import LINES, run
+editor = Editor.from_pretrained({str(tmp_path / "model")!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_031, 5_000_031))
+run(editor, {str(tmp_path / "l")!r}, ["bad", LINES[0]], rejects={str(tmp_path / "r.jsonl")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300)
+    assert done.returncode == 1 and "File too large" in done.stderr, done.stderr
+    assert ledger.log(tmp_path / "l") == []
+
+
+def test_what_is_interrupted_after_the_commit_stays(editor, tmp_path, monkeypatch):
+    flush = files._flush_directory
+
+    def interrupted(folder):
+        flush(folder)
+        if ledger.commit_file(tmp_path / "l", 2).exists():
             raise KeyboardInterrupt
-        written(self)
 
     run(editor, tmp_path / "l", LINES[:1])
     with monkeypatch.context() as patch:
-        patch.setattr(ledger.Writer, "_write_head", interrupted)
+        patch.setattr(files, "_flush_directory", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(editor, tmp_path / "l", LINES[:2])
     held = bits(editor).clone()
