@@ -85,11 +85,16 @@ def evaluate(
             with edited(editor, method, [subject.edits], 0, paraphrases_of(subject)) as cost:
                 values = score(editor, probes, unedited).values
             means = {metric: fmean(values[metric]) for metric in METRICS if values[metric]}
-            for metric, mean in means.items():  # a subject without probes of a metric does not count there
-                results[name][metric].append(mean)
-            shown = " ".join(f"{metric} {100 * mean:.0f}" for metric, mean in means.items())
-            note(f"{number}/{len(data.subjects)} {name}: {shown}, {cost['seconds']:.1f} s")
+            note(f"{number}/{len(data.subjects)} {name}: {keep(means, results[name])}, {cost['seconds']:.1f} s")
     return results
+
+
+def keep(means: dict[str, float], results: dict[str, list[float]]) -> str:
+    """Add a subject's means to the lists of each metric; returns them as they are told. A subject without probes of a metric does not
+    count there."""
+    for metric, mean in means.items():
+        results[metric].append(mean)
+    return " ".join(f"{metric} {100 * mean:.0f}" for metric, mean in means.items())
 
 
 def percent(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
@@ -105,19 +110,25 @@ def standard_errors(results: dict[str, dict[str, list[float]]]) -> dict[str, dic
     return {name: {m: round(100 * error, 2) for m, error in of.items() if error is not None} for name, of in errors.items()}
 
 
+def emit_means(results: dict[str, dict[str, list[float]]], metrics: Sequence[str], where: str | None) -> None:
+    """Tell the means of every name over subjects, with their standard errors, in percent: as JSON or as a table (`output.emit`)."""
+    table, errors = percent(results), standard_errors(results)
+    width = max([12, *map(len, table)])
+    lines = [" " * width + "".join(f"{metric:>22s}" for metric in metrics)]
+    for name, means in table.items():
+        cells = (with_error(means[m], errors[name].get(m)) if m in means else "" for m in metrics)
+        lines.append(f"{name:{width}s}" + "".join(f"{cell:>22s}" for cell in cells))
+    every = {name: means | {"standard_error": errors[name], "by_subject": results[name]} for name, means in table.items()}
+    emit(every, where, "\n".join(lines))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("bench.quality", __doc__, count="subjects", default=20)
     parser.add_argument("--recipes", default="vanilla,rose", help="methods by name (`bench.methods`), separated by commas")
     args = parser.parse_args(argv)
     editor, data = opened(args)
     results = evaluate(editor, data, methods_of(args.recipes, editor), note)
-    table, errors = percent(results), standard_errors(results)
-    lines = [f"{'':12s}" + "".join(f"{metric:>22s}" for metric in METRICS)]
-    for name, means in table.items():
-        cells = (with_error(means[m], errors[name].get(m)) if m in means else "" for m in METRICS)
-        lines.append(f"{name:12s}" + "".join(f"{cell:>22s}" for cell in cells))
-    every = {name: means | {"standard_error": errors[name], "by_subject": results[name]} for name, means in table.items()}
-    emit(every, args.json, "\n".join(lines))
+    emit_means(results, METRICS, args.json)
     return 0
 
 

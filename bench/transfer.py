@@ -21,10 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from bench.datasets import load
 from bench.datasets.cases import Dataset, SubjectCases, paraphrases_of
 from bench.methods import Method, edited, methods_of
-from bench.output import add_json, emit
-from bench.quality import RECALL, percent, probes_of, read, standard_errors
+from bench.output import add_json
+from bench.quality import RECALL, emit_means, keep, probes_of, read
 from bench.subjects import note
-from bench.tables import with_error
 
 BASES = {
     "float32": {"dtype": torch.float32},
@@ -54,10 +53,7 @@ def evaluate(
                 deltas = list(made.applied)
             for reader, editor in readers.items():
                 means = _recall(editor, editor.adopt(deltas), subject, data)
-                for metric, mean in means.items():
-                    results[name, reader][metric].append(mean)
-                shown = " ".join(f"{metric} {100 * mean:.0f}" for metric, mean in means.items())
-                told(f"{number}/{len(data.subjects)} {name} on {reader}: {shown}")
+                told(f"{number}/{len(data.subjects)} {name} on {reader}: {keep(means, results[name, reader])}")
     return results
 
 
@@ -99,14 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(f"{own[0]} leaves no delta to be adopted; take a recipe of the engine")
         found = evaluate(of[made], readers, data, methods, partial(_noted, made))
         results |= {f"{name}, made on {made}, read on {reader}": metrics for (name, reader), metrics in found.items()}
-    table, errors = percent(results), standard_errors(results)
-    width = max(map(len, table))
-    lines = ["".join((" " * width, *(f"{metric:>16s}" for metric in RECALL)))]
-    for name, means in table.items():
-        cells = (with_error(means[m], errors[name].get(m)) if m in means else "" for m in RECALL)
-        lines.append(f"{name:{width}s}" + "".join(f"{cell:>16s}" for cell in cells))
-    every = {name: means | {"standard_error": errors[name], "by_subject": results[name]} for name, means in table.items()}
-    emit(every, args.json, "\n".join(lines))
+    emit_means(results, RECALL, args.json)
     return 0
 
 

@@ -111,15 +111,14 @@ def subject_in(text: str, subject: str) -> tuple[int, int] | None:
     if SLOT in text and not (SLOT in subject and subject in text):
         start = text.index(SLOT)
         return start, start + len(SLOT)
-    ended, within, at = -1, text.rfind(subject), len(text)
-    while (at := text.rfind(subject, 0, at)) >= 0:
-        end = at + len(subject)
-        if not _joined(text[at - 1 : at + 1]):
-            if not _joined(text[end - 1 : end + 1]):
-                return at, end
-            ended = max(ended, at)
-    start = ended if ended >= 0 else within
-    return (start, start + len(subject)) if start >= 0 else None
+    best, rank, end = None, -1, len(text)
+    while rank < 2 and (start := text.rfind(subject, 0, end)) >= 0:
+        after = start + len(subject)
+        how = 0 if _joined(text[start - 1 : start + 1]) else 1 if _joined(text[after - 1 : after + 1]) else 2
+        if how > rank:
+            best, rank = (start, after), how
+        end = start
+    return best
 
 
 def _joined(pair: str) -> bool:

@@ -95,19 +95,19 @@ def export_checkpoint(base: str | Path, deltas: Sequence[Delta], out: str | Path
     """
     base = Path(base)
     files, places = set(_places(base).values()), _edited_places(base, deltas)
+    inside = sorted(p.relative_to(base) for p in base.rglob("*") if p.is_file())
+    if left := sorted(files - {relative.as_posix() for relative in inside}):
+        raise ExportError(f"{base}: {left[0]} of its index was not found among its files")
     with new_folder(out) as folder:
-        for file in sorted(p for p in base.rglob("*") if p.is_file()):
-            relative = file.relative_to(base)
+        for relative in inside:
             again = relative.suffix == ".safetensors" or any(relative.match(pattern) for pattern in OTHER_WEIGHTS)
             if again and relative.as_posix() not in files:  # the weights once more, under other names
                 continue
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             if stored := {name: place.name for name, place in places.items() if place.file == relative.as_posix()}:
-                _write_shard(file, folder / relative, stored, deltas)
+                _write_shard(base / relative, folder / relative, stored, deltas)
             elif relative.as_posix() not in ("README.md", "rose_edits.json"):
-                _copy(file, folder / relative)
-        if left := [file for file in files if not (folder / file).is_file()]:
-            raise ExportError(f"{base}: {left[0]} of its index was not found among its files")
+                _copy(base / relative, folder / relative)
         card = (base / "README.md").read_text("utf-8", "replace").rstrip() + "\n\n" if (base / "README.md").is_file() else ""
         (folder / "README.md").write_text(card + edited_facts(deltas), "utf-8")
         (folder / "rose_edits.json").write_text(json.dumps(_said(deltas), ensure_ascii=False, indent=1) + "\n", "utf-8")

@@ -167,7 +167,11 @@ def render(edit: Edit, form: Form, tokenizer: Any) -> tuple[str, str, tuple[int,
         return _turned(edit, form)
     asks = form.ask is not None and edit.question is not None
     body = edit.question if asks else edit.prompt
-    start, end = subject_in(body, subject) if asks else (body.index(SLOT), body.index(SLOT) + len(SLOT))
+    if asks:
+        start, end = subject_in(body, subject)
+    else:
+        start = body.index(SLOT)
+        end = start + len(SLOT)
     body = body[:start] + subject + body[end:]
     if form.chat:  # chat templates strip a message
         start -= len(body) - len(body.lstrip())

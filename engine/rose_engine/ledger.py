@@ -133,7 +133,7 @@ def _chain(path: Path) -> tuple[list[Commit], str | None]:
     """The commits as they follow from each other, and the SHA-256 of the last one's file."""
     commits: list[Commit] = []
     before: str | None = None
-    held: set[int] = set()
+    held: dict[int, None] = {}
     while commit_file(path, len(commits) + 1).exists() or commit_file(path, len(commits) + 1).is_symlink():
         commit, digest = _read(path, len(commits) + 1)
         if commit.parent != before:
@@ -144,12 +144,10 @@ def _chain(path: Path) -> tuple[list[Commit], str | None]:
             raise LedgerError(f"{commit_file(path, commit.number)}: goes back to commit {commit.refers_to}, which is not before it")
         commits.append(commit)
         before = digest
-        if commit.kind == "apply":
-            held.add(commit.number)
-        elif commit.kind == "revert":
-            held.remove(commit.refers_to)
+        if commit.kind == "checkout":
+            held = dict.fromkeys(standing(commits))
         else:
-            held = set(standing(commits))
+            _do(commit, held)
     return commits, before
 
 
@@ -179,11 +177,16 @@ def standing(commits: Sequence[Commit]) -> list[int]:
     """The numbers of the commits whose deltas are in the weights after the last of these, in order."""
     held: dict[int, None] = {}
     for commit in lineage(commits):
-        if commit.kind == "apply":
-            held[commit.number] = None
-        else:
-            del held[commit.refers_to]
+        _do(commit, held)
     return list(held)
+
+
+def _do(commit: Commit, held: dict[int, None]) -> None:
+    """Bring the numbers of what is in the weights, in order, behind an apply or a revert."""
+    if commit.kind == "apply":
+        held[commit.number] = None
+    else:
+        del held[commit.refers_to]
 
 
 def active(path: str | Path, at: int | None = None) -> list[int]:

@@ -239,10 +239,11 @@ class _Counted:
 def _batches(
     editor: Editor, lines: _Counted, recipe: Recipe, refused: Rejects, strict: bool, budget: int, max_wait: float | None
 ) -> Iterator[tuple[list[_Line], int, str]]:
-    """Batches of usable lines, each with the number and the SHA-256 of the lines consumed when it ends. What was read
-    last before a pause or the end, without a line end, and cannot be used may be half a line, and does not count as consumed."""
+    """Batches of usable lines, each with the number and the SHA-256 of the lines consumed when it ends. What was read last before a pause
+    or the end, without a line end, and cannot be used may be half a line, and does not count as consumed."""
     batch: list[_Line] = []
-    tokens, began, half, before, now = 0, 0.0, False, *[(lines.number, lines.sha256)] * 2
+    tokens, began, half = 0, 0.0, False
+    before = now = lines.number, lines.sha256
     for number, text in lines:
         if text is not None or not half:
             before = now

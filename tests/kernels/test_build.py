@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def finish(process):
     return out.strip(), err
 
 
+def compiler(path, script):
+    """A compiler of a shell script's making; its path."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_the_name_follows_sources_and_torch(tmp_path, monkeypatch):
     copies = [Path(shutil.copy(file, tmp_path)) for file in native.sources()]
     name = native.library_name(native.with_cuda())
@@ -40,16 +48,14 @@ def test_the_name_follows_sources_and_torch(tmp_path, monkeypatch):
 
 @NEEDS_COMPILER
 def test_two_processes_build_once(tmp_path):
-    compiler = tmp_path / "quick-c++"  # who builds is asked, not how well: without optimisation it takes a quarter of the time
-    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
-    compiler.chmod(0o755)
-    code = f"import logging; logging.basicConfig(level=logging.INFO)\n{SERVES}"
-    both = [finish(process) for process in [start(tmp_path, code, CXX=str(compiler)), start(tmp_path, code, CXX=str(compiler))]]
+    quick = compiler(tmp_path / "quick-c++", 'exec c++ "$@" -O0')  # a quarter of the time: who builds is asked, not how well
+    begin = partial(start, tmp_path, f"import logging; logging.basicConfig(level=logging.INFO)\n{SERVES}", CXX=quick)
+    both = [finish(process) for process in [begin(), begin()]]
     assert [out for out, _ in both] == ["csrc", "csrc"]
     assert sum("building the native kernels" in err for _, err in both) == 1
     assert sorted(file.suffix for file in (tmp_path / "native").iterdir()) == [".lock", ".so"]
     began = (tmp_path / "native" / native.library_name(native.with_cuda())).stat().st_mtime_ns
-    out, err = finish(start(tmp_path, code, CXX=str(compiler)))
+    out, err = finish(begin())
     assert out == "csrc" and "building" not in err
     assert (tmp_path / "native" / native.library_name(native.with_cuda())).stat().st_mtime_ns == began
 
@@ -62,10 +68,8 @@ def test_without_a_compiler_plain_torch_serves(tmp_path):
 
 @NEEDS_COMPILER
 def test_a_failed_build_warns_once_and_names_its_log(tmp_path):
-    compiler = tmp_path / "picky-c++"  # tells its version, compiles nothing
-    compiler.write_text('#!/bin/sh\ncase "$*" in *-c*) echo \'strange dialect\'; exit 1;; esac\nexec c++ "$@"\n')
-    compiler.chmod(0o755)
-    out, err = finish(start(tmp_path, CXX=str(compiler)))
+    picky = compiler(tmp_path / "picky-c++", """case "$*" in *-c*) echo 'strange dialect'; exit 1;; esac\nexec c++ "$@\"""")
+    out, err = finish(start(tmp_path, CXX=picky))  # it tells its version, and compiles nothing
     log = (tmp_path / "native" / native.library_name(native.with_cuda())).with_suffix(".log")
     assert out == "reference" and err.count("RuntimeWarning") == 1 and str(log) in err
     assert "strange dialect" in log.read_text()
